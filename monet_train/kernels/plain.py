@@ -1,0 +1,132 @@
+"""The plain PyTorch definition of Monet's routing and expert layers: the specification.
+
+Every fast path in ``csrc/`` is held against these functions. The file imports nothing but torch, so that an
+exported Hugging Face folder can carry it unchanged.
+
+Shapes: T tokens, d model width, H routing heads, E half-experts a side, m inner units of an expert.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def head_moments(z: Tensor) -> Tensor:
+    """Sums that the batch normalisation of a router needs.
+
+    Args:
+        z: routing logits [T, H, E].
+
+    Returns:
+        fp64 [2, H]: the sum and the sum of squares over the T*E logits of each head. They add up over ranks.
+    """
+    wide = z.detach().double()
+    return torch.stack([wide.sum((0, 2)), wide.square().sum((0, 2))])
+
+
+def activation_threshold(mean: Tensor, var: Tensor, k: int, experts: int, eps: float) -> Tensor:
+    """The logit above which a half-expert is active, one a head.
+
+    The paper asks for ẑ >= tau with ẑ = (z - mean) / sqrt(var + eps) and tau = Phi^-1(1 - k/E): of E normally
+    distributed logits about k pass (section 3.4, adaptive threshold instead of top-k). Undoing the normalisation
+    gives the same condition on z itself: z >= mean + tau * sqrt(var + eps).
+
+    Args:
+        mean, var: statistics of each head, [H].
+
+    Returns:
+        thresholds [H], in the dtype of ``mean``.
+    """
+    tau = math.sqrt(2.0) * torch.erfinv(torch.tensor(1.0 - 2.0 * k / experts, dtype=torch.float64))
+    return mean + float(tau) * torch.sqrt(var + eps)
+
+
+def gates(z: Tensor, threshold: Tensor) -> Tensor:
+    """Softmax over the active half-experts; exactly 0 elsewhere.
+
+    Half-expert i is active in head h when z_hi >= min(max_i z_hi, threshold_h): never fewer than one is.
+    Gradients pass only through z in the softmax.
+
+    Args:
+        z: routing logits [T, H, E] in fp32 (or fp64).
+        threshold: [H], from :func:`activation_threshold`.
+
+    Returns:
+        gates [T, H, E], each row summing to 1. A non-finite logit or threshold makes its rows NaN.
+    """
+    with torch.no_grad():
+        largest = z.amax(-1, keepdim=True)
+        active = z >= torch.minimum(largest, threshold.to(z.dtype)[:, None])
+    return torch.softmax(z.masked_fill(~active, -math.inf), -1)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2, the activation of the published models."""
+    return F.relu(x).square()
+
+
+def vertical_experts(
+    x: Tensor, g1: Tensor, g2: Tensor,
+    u1: Tensor, u1_bias: Tensor, u2: Tensor, u2_bias: Tensor,
+    v11: Tensor, v12: Tensor, v21: Tensor, v22: Tensor,
+) -> Tensor:  # fmt: skip
+    """Vertical decomposition without the output bias (paper section 3.3, product key composition of V).
+
+    a = relu²(u1 x), c = relu²(u2 x), both [T, E, m/2];
+    left  = v11[a_i Σ_h g1_hi] + v12[Σ_h g1_hi Σ_j g2_hj c_j]
+    right = v21[Σ_h g2_hj Σ_i g1_hi a_i] + v22[c_j Σ_h g2_hj]
+
+    Args:
+        x: [T, d]. g1, g2: gates [T, H, E].
+        u1, u2: [E*m/2, d] with biases [E*m/2]. v11, v12, v21, v22: [d/2, E*m/2].
+
+    Returns:
+        [left, right], [T, d]. With weights that hold a slice of m, the partial sums of that slice.
+    """
+    experts = g1.shape[-1]
+    g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
+    a = relu_squared(F.linear(x, u1, u1_bias)).unflatten(-1, (experts, -1))
+    c = relu_squared(F.linear(x, u2, u2_bias)).unflatten(-1, (experts, -1))
+    a_mixed = torch.einsum("thi,tim->thm", g1, a)
+    c_mixed = torch.einsum("thj,tjm->thm", g2, c)
+    left = F.linear((a * g1.sum(1).unsqueeze(-1)).flatten(1), v11)
+    left = left + F.linear(torch.einsum("thi,thm->tim", g1, c_mixed).flatten(1), v12)
+    right = F.linear(torch.einsum("thj,thm->tjm", g2, a_mixed).flatten(1), v21)
+    right = right + F.linear((c * g2.sum(1).unsqueeze(-1)).flatten(1), v22)
+    return torch.cat([left, right], -1)
+
+
+def horizontal_experts(
+    x: Tensor, g1: Tensor, g2: Tensor, u: Tensor, u_bias: Tensor, v: Tensor
+) -> Tensor:
+    """Horizontal decomposition without the output bias (paper section 3.3).
+
+    a = relu²(u x) [T, E, m];  y_j = Σ_h g2_hj Σ_i g1_hi a_i;  output v[y].
+
+    Args:
+        x: [T, d]. g1, g2: gates [T, H, E]. u: [E*m, d] with bias [E*m]. v: [d, E*m].
+
+    Returns:
+        [T, d]. With weights that hold a slice of m, the partial sums of that slice.
+    """
+    experts = g1.shape[-1]
+    g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
+    a = relu_squared(F.linear(x, u, u_bias)).unflatten(-1, (experts, -1))
+    mixed = torch.einsum("thi,tim->thm", g1, a)
+    return F.linear(torch.einsum("thj,thm->tjm", g2, mixed).flatten(1), v)
+
+
+def expert_bias(g: Tensor, b: Tensor) -> Tensor:
+    """Output bias of one side: Σ_h Σ_i g_hi b_i.
+
+    Args:
+        g: gates [T, H, E]. b: [E, width].
+
+    Returns:
+        [T, width] in the dtype of ``b``.
+    """
+    return g.sum(1).to(b.dtype) @ b

@@ -1,0 +1,96 @@
+"""The architecture of a Monet, in the field names of the published Hugging Face configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from monet_train.errors import UserError
+
+DECOMPOSITIONS = ("vertical", "horizontal")
+
+
+@dataclass
+class MonetConfig:
+    """Architecture of a Monet (paper sections 3.2 to 3.4; defaults are the published 850M).
+
+    Names follow the published ``config.json``, so that ``MonetConfig.from_dict(json)`` reads it unchanged.
+    A layer has ``moe_experts`` half-experts a side, that is ``moe_experts**2`` experts of ``moe_dim`` units.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 1536  # d
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None  # grouped-query attention; None: as many as attention heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    moe_dim: int = 12  # m, inner units of one expert
+    moe_heads: int = 6  # H, routing heads
+    moe_experts: int = 512  # E, half-experts a side
+    moe_topk: int = 8  # k, half-experts expected to be active a head (sets the threshold)
+    moe_groups: int = 4  # layers that share one router
+    moe_decompose: str = "vertical"
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads after the default is resolved."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def has_router(self, layer: int) -> bool:
+        """Whether ``layer`` owns a router; the other layers of its group reuse its gates."""
+        return layer % self.moe_groups == 0
+
+    def validate(self) -> None:
+        """Refuse sizes that make no model. Raises :class:`UserError` naming the key and the remedy."""
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+            "moe_dim", "moe_heads", "moe_experts", "moe_topk", "moe_groups",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.moe_decompose not in DECOMPOSITIONS:
+            raise UserError(
+                f"model.moe_decompose={self.moe_decompose!r} is unknown; use one of {', '.join(DECOMPOSITIONS)}"
+            )
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} must be an even multiple of "
+                f"model.num_attention_heads={self.num_attention_heads} (rotary pairs)"
+            )
+        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
+            raise UserError(
+                f"model.num_key_value_heads={self.num_key_value_heads} must divide "
+                f"model.num_attention_heads={self.num_attention_heads}"
+            )
+        if self.moe_decompose == "vertical" and (self.moe_dim % 2 or self.hidden_size % 2):
+            raise UserError(
+                f"model.moe_dim={self.moe_dim} and model.hidden_size={self.hidden_size} must be even "
+                "for model.moe_decompose=vertical; make them even or choose horizontal"
+            )
+        if self.moe_topk >= self.moe_experts:
+            raise UserError(
+                f"model.moe_topk={self.moe_topk} must be less than model.moe_experts={self.moe_experts}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dictionary, for ``config.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MonetConfig:
+        """Read a ``config.json`` dictionary; keys of the Hugging Face machinery that we do not use are skipped."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        config = cls(**{key: value for key, value in values.items() if key in known and value is not None})
+        config.validate()
+        return config
