@@ -79,9 +79,7 @@ class MonetConfig:
                 "for model.moe_decompose=vertical; make them even or choose horizontal"
             )
         if self.moe_topk >= self.moe_experts:
-            raise UserError(
-                f"model.moe_topk={self.moe_topk} must be less than model.moe_experts={self.moe_experts}"
-            )
+            raise UserError(f"model.moe_topk={self.moe_topk} must be less than model.moe_experts={self.moe_experts}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dictionary, for ``config.json``."""

@@ -1,0 +1,94 @@
+"""Monet's expert layers: E x E experts composed from two sets of E half-experts (paper section 3.3).
+
+Expert (i, j) is a two-layer perceptron whose halves are half-expert i of the first set and j of the second. The
+output of a layer is Σ_h Σ_ij g1_hi g2_hj E_ij(x), rearranged so that no tensor has E x E entries. The rearranged
+sums are the functions of :mod:`monet_train.kernels.plain`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from monet_train import kernels
+from monet_train.kernels import Gates
+from monet_train.model.config import MonetConfig
+
+
+def identity(value: Tensor) -> Tensor:
+    """What ``enter`` and ``leave`` do where the inner dimension is not split."""
+    return value
+
+
+class Experts(nn.Module):
+    """What both decompositions share: where tokens enter and leave the inner dimension m.
+
+    Gates mix over half-experts at a fixed inner unit, so a slice of m gives an exact partial sum. With a slice on
+    each tensor-parallel rank, ``enter`` and ``leave`` are Megatron's copy and all-reduce (see sharding.py). The
+    bias does not pass through m and is added once, outside.
+    """
+
+    enter: Callable[[Tensor], Tensor]
+    leave: Callable[[Tensor], Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = self.leave = identity
+
+
+class VerticalExperts(Experts):
+    """Vertical decomposition: a half-expert owns half of an expert's inner units and half of its output.
+
+    E_ij(x) = [v11_i a_i + v12_i c_j + b1_i,  v21_j a_i + v22_j c_j + b2_j],  a_i = relu²(u1_i x), c_j = relu²(u2_j x).
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, config.moe_experts * config.moe_dim // 2
+        self.u1 = nn.Linear(d, inner)
+        self.u2 = nn.Linear(d, inner)
+        self.v11 = nn.Linear(inner, d // 2, bias=False)
+        self.v12 = nn.Linear(inner, d // 2, bias=False)
+        self.v21 = nn.Linear(inner, d // 2, bias=False)
+        self.v22 = nn.Linear(inner, d // 2, bias=False)
+        self.b1 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
+        self.b2 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
+
+    def forward(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
+        """[T, d] -> [T, d]."""
+        mixed = kernels.vertical_experts(
+            self.enter(x), g1.map(self.enter), g2.map(self.enter),
+            self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
+            self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
+        )  # fmt: skip
+        bias = torch.cat([kernels.expert_bias(g1, self.b1), kernels.expert_bias(g2, self.b2)], -1)
+        return self.leave(mixed) + bias
+
+
+class HorizontalExperts(Experts):
+    """Horizontal decomposition: the first set holds the input layers, the second the output layers.
+
+    E_ij(x) = v_j a_i + b_j,  a_i = relu²(u_i x).
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        d, inner = config.hidden_size, config.moe_experts * config.moe_dim
+        self.u = nn.Linear(d, inner)
+        self.v = nn.Linear(inner, d, bias=False)
+        self.b = nn.Parameter(torch.zeros(config.moe_experts, d))
+
+    def forward(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
+        """[T, d] -> [T, d]."""
+        mixed = kernels.horizontal_experts(
+            self.enter(x), g1.map(self.enter), g2.map(self.enter), self.u.weight, self.u.bias, self.v.weight
+        )
+        return self.leave(mixed) + kernels.expert_bias(g2, self.b)
+
+
+EXPERTS: dict[str, type[VerticalExperts] | type[HorizontalExperts]] = {
+    "vertical": VerticalExperts,
+    "horizontal": HorizontalExperts,
+}

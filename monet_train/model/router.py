@@ -1,0 +1,125 @@
+"""The router: which half-experts are active for a token, and how strongly (paper section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from monet_train import kernels
+from monet_train.kernels import Gates
+from monet_train.kernels.plain import activation_threshold
+from monet_train.model.config import MonetConfig
+
+NORM_EPS = 1e-5
+NORM_MOMENTUM = 0.1
+
+
+class LogitStatistics(nn.Module):
+    """Mean and variance of the routing logits of each head, over all tokens and half-experts.
+
+    The buffers and their update are those of ``BatchNorm1d(H, affine=False, eps=1e-5, momentum=0.1)``. They stay
+    in fp32 when the model is cast to a lower precision.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(heads))
+        self.register_buffer("running_var", torch.ones(heads))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch of ``count`` logits a head (var is biased)."""
+        unbiased = var * count / (count - 1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)
+        self.num_batches_tracked += 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+@dataclass
+class BatchStatistics:
+    """Statistics of one batch: fp64 means and variances [2 sides, H], and the number of logits behind each."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+class Router(nn.Module):
+    """Gates of both half-expert sets for each token.
+
+    z_s = w_s(x); half-expert i of head h is active when z_hi reaches min(max_i z_hi, threshold_h), the threshold
+    being the 1 - k/E quantile of a normal distribution with the head's statistics; g_s = softmax over the active.
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.heads, self.experts, self.topk = config.moe_heads, config.moe_experts, config.moe_topk
+        self.w1 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
+        self.norm1 = LogitStatistics(self.heads)
+        self.norm2 = LogitStatistics(self.heads)
+        self.implementation = "auto"  # of kernels.route
+        # Sums a tensor over the ranks that share a micro-step; the identity in one process (see sharding.py).
+        self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def forward(
+        self, x: Tensor, statistics: BatchStatistics | None = None
+    ) -> tuple[Gates, Gates, BatchStatistics | None]:
+        """Route tokens.
+
+        Args:
+            x: [T, d].
+            statistics: of this batch, when they are known already (recomputation).
+
+        Returns:
+            gates of side 1 and 2, and in training the batch statistics, for :meth:`update_statistics`.
+        """
+        z1, z2 = self._logits(self.w1(x)), self._logits(self.w2(x))
+        if self.training:
+            statistics = statistics or self._batch_statistics(z1, z2)
+            mean, var = statistics.mean.to(z1.dtype), statistics.var.to(z1.dtype)
+        else:
+            mean = torch.stack([self.norm1.running_mean, self.norm2.running_mean])
+            var = torch.stack([self.norm1.running_var, self.norm2.running_var])
+        threshold = activation_threshold(mean, var, self.topk, self.experts, NORM_EPS)
+        g1 = kernels.route(z1, threshold[0], self.implementation)
+        g2 = kernels.route(z2, threshold[1], self.implementation)
+        return g1, g2, statistics
+
+    def update_statistics(self, batch: BatchStatistics) -> None:
+        """Take a batch into the running statistics: once a micro-step, however often its gates are recomputed."""
+        self.norm1.update(batch.mean[0], batch.var[0], batch.count)
+        self.norm2.update(batch.mean[1], batch.var[1], batch.count)
+
+    def _logits(self, z: Tensor) -> Tensor:
+        # fp32 at least, as published: thresholds and softmax do not bear bf16 logits
+        z = z if z.dtype == torch.float64 else z.float()
+        return z.unflatten(-1, (self.heads, self.experts))
+
+    @torch.no_grad()
+    def _batch_statistics(self, z1: Tensor, z2: Tensor) -> BatchStatistics:
+        count = z1.new_full((1,), z1.shape[0] * self.experts, dtype=torch.float64)
+        local = torch.cat([kernels.head_moments(z1).flatten(), kernels.head_moments(z2).flatten(), count])
+        total = self.sum_over_batch(local)
+        count = total[-1]
+        first, second = (total[:-1] / count).view(2, 2, self.heads).unbind(1)
+        return BatchStatistics(mean=first, var=(second - first.square()).clamp_min(0), count=count)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, experts={self.experts}, topk={self.topk}"

@@ -1,0 +1,200 @@
+"""The Monet decoder: a Llama whose perceptrons are Monet layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from monet_train.kernels import Gates
+from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask, rotary_tables
+from monet_train.model.auxiliary import GateSums, RouterReport, report
+from monet_train.model.config import MonetConfig
+from monet_train.model.experts import EXPERTS
+from monet_train.model.router import BatchStatistics, Router
+
+IGNORED = -100  # target of a position that has no next token
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each position in fp32. logits [B, S, V], targets [B, S] -> [B, S]."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+
+
+@dataclass
+class MonetOutput:
+    """What a forward pass returns."""
+
+    logits: Tensor | None  # [B, S, V]; None when keep_logits=False
+    loss: Tensor | None  # mean next-token cross-entropy over the positions that have a target
+    router_probs: list[tuple[Tensor, Tensor] | None] | None  # a layer: (g1, g2) [B, S, H, E], None without router
+    hidden_states: list[Tensor] | None  # the embeddings, then each layer's output; the last one is normalised
+    routers: list[RouterReport]  # one a router, in training mode
+
+    @property
+    def uniformity(self) -> Tensor:
+        """Uniformity loss, averaged over the routers (training mode only)."""
+        return torch.stack([router.uniformity for router in self.routers]).mean()
+
+    @property
+    def ambiguity(self) -> Tensor:
+        """Ambiguity loss, averaged over the routers (training mode only)."""
+        return torch.stack([router.ambiguity for router in self.routers]).mean()
+
+
+class MonetLayer(nn.Module):
+    """One decoder layer. The first layer of a routing group owns the router whose gates the group shares."""
+
+    def __init__(self, config: MonetConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, index)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.router = Router(config) if config.has_router(index) else None
+        self.moe = EXPERTS[config.moe_decompose](config)
+
+
+class MonetModel(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MonetLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.recompute = False  # recompute the activations of each routing group in the backward pass
+
+    def routers(self) -> Iterator[Router]:
+        """The routers, first layer to last."""
+        for layer in self.layers:
+            if layer.router is not None:
+                yield layer.router
+
+    def groups(self) -> list[list[MonetLayer]]:
+        """The layers by routing group: one router and the layers that share its gates."""
+        size = self.config.moe_groups
+        layers = list(self.layers)
+        return [layers[start : start + size] for start in range(0, len(layers), size)]
+
+
+class RoutingGroup:
+    """One forward pass through the layers that share a router."""
+
+    def __init__(self, layers: list[MonetLayer], context: AttentionContext, keep_states: bool) -> None:
+        self.layers = layers
+        self.context = context
+        self.keep_states = keep_states
+        self.statistics: BatchStatistics | None = None  # of the first pass; a recomputation reuses them
+        self.gates: tuple[Gates, Gates] | None = None
+        self.states: list[Tensor] = []
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """hidden [B, S, d] -> hidden and, in training, the fields of :class:`GateSums`, all as bare tensors."""
+        states = []
+        for layer in self.layers:
+            hidden = hidden + layer.self_attn(layer.input_layernorm(hidden), self.context)
+            x = layer.post_attention_layernorm(hidden)
+            tokens = x.flatten(0, 1)
+            if layer.router is not None:
+                g1, g2, self.statistics = layer.router(tokens, self.statistics)
+            hidden = hidden + layer.moe(tokens, g1, g2).view_as(x)
+            states.append(hidden)
+        if self.keep_states:
+            self.gates, self.states = (g1, g2), states
+        if self.statistics is None:
+            return (hidden,)
+        sums = GateSums.of(g1, g2)
+        return hidden, sums.total1, sums.total2, sums.largest1, sums.largest2, sums.active
+
+
+class MonetForCausalLM(nn.Module):
+    """A Monet language model. Parameter and buffer names are those of the published state dict.
+
+    ``cross_entropy`` and ``gather_logits`` are replaced where the vocabulary is split over ranks, ``sum_over_batch``
+    where ranks share a micro-step: see :mod:`monet_train.model.sharding`.
+    """
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.model = MonetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        self.gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits
+        self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+        output_router_probs: bool = False,
+        output_hidden_states: bool = False,
+        keep_logits: bool = True,
+    ) -> MonetOutput:
+        """Run the model.
+
+        Args:
+            input_ids: [B, S].
+            labels: [B, S] as in Hugging Face, usually ``input_ids``: shifted here by one; -100 is ignored.
+            targets: [B, S], the token that follows each position; instead of ``labels``, for windows of S + 1.
+            positions: [B, S], default 0, 1, ... after the cached tokens.
+            segments: [B, S] document numbers; a token attends only within its own.
+            cache: keys and values of earlier tokens; the new ones are appended.
+            output_router_probs, output_hidden_states: fill these fields of the output.
+            keep_logits: False saves their memory when only the loss is wanted.
+        """
+        config = self.config
+        cached = cache.length if cache else 0
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if positions is None:
+            positions = torch.arange(cached, cached + input_ids.shape[1], device=input_ids.device)[None]
+        cos, sin = rotary_tables(config, positions)
+        mask = attention_mask(segments, cached, input_ids.shape[1], input_ids.device)
+        context = AttentionContext(cos, sin, mask, cache)
+
+        hidden = self.model.embed_tokens(input_ids)
+        states = [hidden]
+        router_probs: list[tuple[Tensor, Tensor] | None] = []
+        reports = []
+        for layers in self.model.groups():
+            group = RoutingGroup(layers, context, keep_states=output_hidden_states or output_router_probs)
+            if self.model.recompute and torch.is_grad_enabled():
+                hidden, *sums = checkpoint(group, hidden, use_reentrant=False)
+            else:
+                hidden, *sums = group(hidden)
+            if group.statistics is not None:
+                layers[0].router.update_statistics(group.statistics)
+                reports.append(report(GateSums(*sums), input_ids.numel(), self.sum_over_batch))
+            states += group.states
+            if output_router_probs and group.gates is not None:
+                batch = input_ids.shape
+                first, second = (g.dense().unflatten(0, batch) for g in group.gates)
+                router_probs += [(first, second), *[None] * (len(layers) - 1)]
+        hidden = self.model.norm(hidden)
+        states[-1] = hidden
+
+        logits = self.lm_head(hidden)
+        return MonetOutput(
+            logits=self.gather_logits(logits) if keep_logits else None,
+            loss=None if targets is None else self._mean_loss(logits, targets),
+            router_probs=router_probs if output_router_probs else None,
+            hidden_states=states if output_hidden_states else None,
+            routers=reports,
+        )
+
+    def _mean_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        counted = targets != IGNORED
+        losses = self.cross_entropy(logits, targets.masked_fill(~counted, 0))
+        return (losses * counted).sum() / counted.sum()
