@@ -5,32 +5,32 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong (key or file named) and how to mend it."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print ``error: message`` on one line of standard error and end with exit status 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_BAD_INPUT)
+def one_line_errors(main: Callable[[], None], is_main: bool = True) -> Callable[[], None]:
+    """Decorate a console entry point: a :class:`UserError` becomes one line and exit status 2, Ctrl-C 130.
 
-
-def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorate a console entry point: :class:`UserError` becomes one line and exit status 2, Ctrl-C 130."""
+    Of several processes only the main one prints; all of them end with the same status.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
         except UserError as error:
-            fail(str(error))
+            if is_main:
+                print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+            if is_main:
+                print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_INTERRUPTED) from None
 
     return wrapped

@@ -31,9 +31,16 @@ class LogitStatistics(nn.Module):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.register_buffer("running_mean", torch.zeros(heads))
-        self.register_buffer("running_var", torch.ones(heads))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+        self.register_buffer("running_mean", torch.empty(heads))
+        self.register_buffer("running_var", torch.empty(heads))
+        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every batch seen."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

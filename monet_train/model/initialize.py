@@ -1,0 +1,40 @@
+"""Initial weights: a pure function of (seed, parameter name), so the same on any topology."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from monet_train.model.config import MonetConfig
+from monet_train.model.sharding import local_shard
+from monet_train.model.transformer import MonetForCausalLM
+
+
+def initial_value(name: str, shape: torch.Size, config: MonetConfig, seed: int) -> Tensor:
+    """The full initial value of a parameter: norms 1, biases 0, all else normal(0, initializer_range)."""
+    if "norm" in name:
+        return torch.ones(shape)
+    if name.endswith((".bias", ".b", ".b1", ".b2")):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
+
+
+@torch.no_grad()
+def initialize(model: MonetForCausalLM, device: torch.device, seed: int, rank: int = 0, size: int = 1) -> None:
+    """Give a model built on the meta device its weights and buffers, on ``device``.
+
+    One full parameter at a time is drawn on the CPU and cut to this tensor rank's part.
+    """
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in MonetForCausalLM(model.config).named_parameters()}
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        full = initial_value(name, shapes[name], model.config, seed)
+        parameter.copy_(local_shard(name, full, model.config.moe_experts, rank, size))
+    for router in model.model.routers():
+        router.norm1.reset()
+        router.norm2.reset()

@@ -1,0 +1,89 @@
+"""Data- and tensor-parallel groups: Megatron's, and the view of them that DeepSpeed asks for."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from monet_train.errors import UserError
+
+
+class Topology:
+    """The process grid. Tensor ranks are neighbours (Megatron's order), data ranks stride over them.
+
+    Its methods are the ``mpu`` interface of ``deepspeed.initialize``, whose names Megatron-core no longer has.
+    """
+
+    def __init__(self, tensor_size: int) -> None:
+        """Build the groups. Every process calls it, after the process group is started."""
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_size,
+            create_gloo_process_groups=dist.get_backend() == "gloo",
+            distributed_timeout_minutes=30,
+        )
+        self.tensor_group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        self.data_group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor_group.rank()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.tensor_group.size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_group.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data_group.size()
+
+    def sum_over_data(self, tensor: Tensor) -> Tensor:
+        """Add a tensor over the data-parallel ranks, which share a micro-step. Not differentiable."""
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    # -- DeepSpeed's mpu ------------------------------------------------------------------------------------
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.tensor_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data_size
+
+
+def raise_together(error: UserError | None) -> None:
+    """End all ranks if any has an error: raise the first rank's on each, so that none waits for the others."""
+    if dist.get_world_size() == 1:
+        messages = [None if error is None else str(error)]
+    else:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if error is None else str(error))
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        rank, message = failed[0]
+        where = "" if len(failed) == len(messages) else f" (on rank {rank})"
+        raise UserError(message + where)
+
+
+def all_ranks_agree(device: torch.device, value: bool) -> bool:
+    """Whether ``value`` is true on every rank."""
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag.item())

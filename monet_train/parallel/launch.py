@@ -1,0 +1,95 @@
+"""Which process this is: rank and world from torchrun, the deepspeed launcher, srun, or a lone process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from monet_train.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Place of this process among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes what is shared."""
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """Read the launcher's environment variables. Raises :class:`UserError` where they are incomplete."""
+    environment = os.environ
+    try:
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            return Launch(rank, world, int(environment.get("LOCAL_RANK", rank)))
+        # the batch shell of sbatch also has SLURM_PROCID; only inside srun is there a step with several tasks
+        if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            return Launch(
+                int(environment["SLURM_PROCID"]),
+                int(environment["SLURM_STEP_NUM_TASKS"]),
+                int(environment["SLURM_LOCALID"]),
+            )
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"the launcher's environment is incomplete or not a number ({error}); "
+            "start with torchrun, srun or the deepspeed launcher, or unset RANK and WORLD_SIZE"
+        ) from None
+    return Launch(0, 1, 0)
+
+
+def resolve_device(name: str, launch: Launch) -> torch.device:
+    """The device of this process for ``train.device`` (auto, cpu or cuda)."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu or a CUDA build of torch")
+    if launch.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
+            "start as many processes a node as it has GPUs"
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def start_process_group(launch: Launch, device: torch.device) -> None:
+    """Initialise torch.distributed: NCCL on GPUs, gloo on the CPU, over the launcher's rendezvous."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed reads these, whoever launched
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    if launch.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+    os.environ.setdefault("MASTER_PORT", _slurm_port())
+    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if nodes is None:
+        raise UserError("MASTER_ADDR is not set; start with torchrun, or set it to the first host's name")
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _slurm_port() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise UserError("MASTER_PORT is not set; start with torchrun, or set it to a free port of the first host")
+    return str(20000 + int(job) % 20000)

@@ -1,0 +1,28 @@
+"""Entry point of training: compose the configuration, build the parts, fit."""
+
+from __future__ import annotations
+
+import warnings
+
+from monet_train.config import TrainConfig
+from monet_train.configuration import hydra_main
+from monet_train.parallel.launch import Launch, read_launch
+
+
+def main() -> None:
+    """Console entry ``monet-train``: see ``monet-train --help``."""
+    launch = read_launch()
+    hydra_main(lambda config: train(config, launch), is_main=launch.is_main)
+
+
+def train(config: TrainConfig, launch: Launch) -> None:
+    """Run a training described by ``config`` as process ``launch``, to its end or to a stop signal."""
+    warnings.filterwarnings("ignore", module="megatron|deepspeed")
+    from monet_train.training.setup import build_trainer
+
+    with build_trainer(config, launch) as trainer:
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    main()

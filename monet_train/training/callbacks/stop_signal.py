@@ -1,0 +1,25 @@
+"""Orderly stop: on SIGTERM or SIGUSR1 (Slurm before the time limit) finish the step, save, and end."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from monet_train.training.callbacks.base import Callback
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignal(Callback):
+    """Remembers a stop signal of this process; the loop asks all ranks at the end of each step."""
+
+    def on_start(self, trainer) -> None:
+        def request(number: int, frame: FrameType | None) -> None:
+            trainer.stop_requested = True
+
+        for number in SIGNALS:
+            signal.signal(number, request)
+
+    def close(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,180 @@
+"""Checkpoints: everything a run needs to go on bit for bit, and the model in a form that opens without it.
+
+``checkpoints/step_00000100/`` holds DeepSpeed's files (weights, optimizer, ZeRO shards of each rank),
+``trainer_rank_*.pt`` (callbacks and random states), ``trainer.json`` (step and what the run is), and the whole
+model as ``model.safetensors`` with its ``config.json`` and tokenizer: what export and inspection read. A folder
+gets its final name only when every rank has written its part; ``checkpoints/latest`` names the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from monet_train.errors import UserError
+from monet_train.parallel.groups import raise_together
+from monet_train.training.consolidate import full_state_dict
+
+if TYPE_CHECKING:
+    from monet_train.training.loop import Trainer
+
+PREFIX = "step_"
+
+
+class CheckpointFolder:
+    """The ``checkpoints`` folder of a run.
+
+    Args:
+        path: the folder.
+        keep: how many of the newest checkpoints stay; None: all.
+        identity: what a run that goes on must share (see :meth:`check_same_run`), JSON-serialisable.
+        zero_stage: of the run.
+        tokenizer_file: copied into each checkpoint, if any.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        keep: int | None,
+        identity: dict[str, Any],
+        zero_stage: int,
+        tokenizer_file: Path | None,
+    ) -> None:
+        self.path, self.keep, self.identity = path, keep, identity
+        self.zero_stage, self.tokenizer_file = zero_stage, tokenizer_file
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of ``trainer``. Every rank calls it; a run killed meanwhile keeps the one before."""
+        name = f"{PREFIX}{trainer.step:08d}"
+        partial = self.path / f"partial_{name}"
+        final = self.path / name
+        is_main = dist.get_rank() == 0
+        if is_main:
+            for leftover in self.path.glob("partial_*"):
+                shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        trainer.engine.save_checkpoint(str(self.path), tag=partial.name, save_latest=False)
+        torch.save(
+            {
+                "random": random_state(),
+                "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+            },
+            partial / _rank_file(),
+        )
+        state = full_state_dict(trainer.engine.module, trainer.topology, self.zero_stage)
+        if is_main:
+            save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+            self._write_descriptions(partial, trainer)
+        dist.barrier()
+        if is_main:
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            write_atomically(self.path / "latest", name + "\n")
+            self._delete_old(final)
+        dist.barrier()
+
+    def load(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Put ``trainer`` into the state of ``checkpoint``. Every rank calls it."""
+        rank_file = checkpoint / _rank_file()
+        missing = None if rank_file.exists() else UserError(f"{rank_file} is missing; resume from another checkpoint")
+        raise_together(missing)
+        error = None
+        try:
+            loaded, _ = trainer.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            if loaded is None:
+                error = UserError(f"{checkpoint} cannot be read by DeepSpeed; resume from another checkpoint")
+        except (OSError, RuntimeError, EOFError) as problem:
+            error = UserError(f"{checkpoint} cannot be read ({problem}); resume from another checkpoint")
+        raise_together(error)
+        # weights_only=False: our own file, which holds numpy and Python random states
+        state = torch.load(rank_file, weights_only=False)
+        set_random_state(state["random"])
+        for callback in trainer.callbacks:
+            if saved := state["callbacks"].get(type(callback).__name__):
+                callback.load_state_dict(saved)
+        trainer.step = json.loads((checkpoint / "trainer.json").read_text())["step"]
+
+    def check_same_run(self, checkpoint: Path) -> None:
+        """Refuse to go on from a checkpoint of another model, data or topology, naming the first difference."""
+        saved = json.loads((checkpoint / "trainer.json").read_text())["identity"]
+        for part, values in self.identity.items():
+            for key in values | saved.get(part, {}):
+                before, now = saved.get(part, {}).get(key), values.get(key)
+                if before != now:
+                    raise UserError(
+                        f"{checkpoint} was trained with {part}.{key}={before}, this configuration has {now}; "
+                        "set it back, or choose another run.dir for a new run"
+                    )
+
+    def _write_descriptions(self, folder: Path, trainer: Trainer) -> None:
+        config = trainer.engine.module.config
+        (folder / "config.json").write_text(json.dumps(config.to_dict() | {"model_type": "monet"}, indent=2))
+        description = {"step": trainer.step, "identity": self.identity}
+        (folder / "trainer.json").write_text(json.dumps(description, indent=2))
+        if self.tokenizer_file is not None:
+            shutil.copy(self.tokenizer_file, folder / self.tokenizer_file.name)
+
+    def _delete_old(self, newest: Path) -> None:
+        others = [folder for folder in completed(self.path) if folder != newest]
+        if self.keep is not None:
+            for folder in others[: max(0, len(others) - self.keep + 1)]:
+                shutil.rmtree(folder)
+
+
+def completed(folder: Path) -> list[Path]:
+    """The complete checkpoints of a ``checkpoints`` folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "trainer.json").exists())
+
+
+def find_resume(choice: str, folder: Path) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` means: the newest of ``folder`` (auto), none (never), or a path."""
+    if choice == "never":
+        return None
+    if choice == "auto":
+        found = completed(folder)
+        return found[-1] if found else None
+    path = Path(choice)
+    if (path / "trainer.json").exists():
+        return path.resolve()
+    raise UserError(f"checkpoint.resume={choice} is no checkpoint; give auto, never or a .../checkpoints/step_* folder")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of this process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Take back what :func:`random_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _rank_file() -> str:
+    return f"trainer_rank_{dist.get_rank():05d}.pt"

@@ -1,0 +1,77 @@
+"""The DeepSpeed engine: ZeRO, mixed precision, gradient accumulation and clipping."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+
+from monet_train.config import TrainConfig
+from monet_train.model.experts import Experts
+from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.groups import Topology
+from monet_train.training.optimizer import build_optimizer
+
+
+def deepspeed_config(config: TrainConfig, data_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a run of ours."""
+    micro_step = config.train.micro_batch_size * data_size
+    return {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.global_batch_size // micro_step,
+        "gradient_clipping": config.optimizer.clip,
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_optimization": {"stage": config.zero.stage},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_engine(model: MonetForCausalLM, config: TrainConfig, topology: Topology) -> Any:
+    """Wrap ``model`` and a fresh optimizer in a ``DeepSpeedEngine``. Every rank calls it."""
+    if next(model.parameters()).device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # On the CPU DeepSpeed would compile its own shared-memory collectives at first start: half a minute and a
+    # compiler for what gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    if config.zero.stage == 3:
+        _register_expert_weights(model)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        config=deepspeed_config(config, topology.data_size),
+        mpu=topology,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _register_expert_weights(model: MonetForCausalLM) -> None:
+    # ZeRO-3 gathers the parameters of a module when its forward is called; the kernels take the weights of the
+    # projections without calling them, so their owner has to announce them.
+    from deepspeed.zero import register_external_parameter
+
+    for module in model.modules():
+        if isinstance(module, Experts):
+            for child in module.children():
+                for parameter in child.parameters():
+                    register_external_parameter(module, parameter)
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Set the learning rate of every parameter group for the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global gradient norm of the last optimizer step, before clipping."""
+    return float(torch.as_tensor(engine.get_global_grad_norm()))

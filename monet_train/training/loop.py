@@ -1,0 +1,154 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from monet_train.data.batches import Batch, MicroBatches
+from monet_train.errors import UserError
+from monet_train.parallel.groups import Topology
+from monet_train.training.callbacks.base import Callback, Record
+from monet_train.training.engine import gradient_norm, set_learning_rate
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one optimizer step takes, for the speed figures."""
+
+    tokens: int  # over all ranks
+    flops: float  # dense model FLOPs, forward and backward, over all ranks
+    peak_flops: float | None  # of all devices together
+
+
+class Trainer:
+    """Runs optimizer steps over a DeepSpeed engine; everything else is a callback.
+
+    ``objective`` maps a model output to the scalar to differentiate and a vector of ``metrics``.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        objective: Callable[[Any], tuple[Tensor, Tensor]],
+        metrics: Sequence[str],
+        batches: MicroBatches,
+        learning_rate: Callable[[int], float],
+        total_steps: int,
+        cost: StepCost,
+        topology: Topology,
+        callbacks: Sequence[Callback],
+        resources: ExitStack,
+    ) -> None:
+        self.engine = engine
+        self.objective = objective
+        self.metrics = metrics
+        self.batches = batches
+        self.learning_rate = learning_rate
+        self.total_steps = total_steps
+        self.cost = cost
+        self.topology = topology
+        self.callbacks = list(callbacks)
+        self.step = 0  # optimizer steps done
+        self.stop_requested = False  # by a signal to this process
+        self._resources = resources
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for callback in reversed(self.callbacks):
+            callback.close()
+        self._resources.close()
+
+    def fit(self) -> None:
+        """Train to the last step. A stop signal ends it early with status :data:`EXIT_STOPPED`, after saving.
+
+        Raises:
+            UserError: the loss is no longer finite (on every rank).
+        """
+        for callback in self.callbacks:
+            callback.on_start(self)
+        stopped = False
+        while self.step < self.total_steps and not stopped:
+            record, stopped = self._train_step()
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+        for callback in self.callbacks:
+            callback.on_end(self)
+        if stopped and self.step < self.total_steps:
+            raise SystemExit(EXIT_STOPPED)
+
+    def _train_step(self) -> tuple[Record, bool]:
+        started = time.perf_counter()
+        rate = self.learning_rate(self.step)
+        set_learning_rate(self.engine, rate)
+        self.engine.train()
+        sums = torch.zeros(len(self.metrics), dtype=torch.float64, device=self.engine.device)
+        for batch in self.batches.of(self.step):
+            output = self.forward(batch)
+            total, metrics = self.objective(output)
+            self.engine.backward(total)
+            self.engine.step()
+            sums += metrics
+            for callback in self.callbacks:
+                callback.on_micro_step(self, output)
+        self.step += 1
+        means, stopped = self._average(sums / self.batches.micro_steps)
+        norm = gradient_norm(self.engine)
+        self._refuse_non_finite(means, norm)
+        seconds = time.perf_counter() - started
+        return self._record(means, rate, norm, seconds), stopped
+
+    def forward(self, batch: Batch) -> Any:
+        """Run the model on sequences of S + 1 tokens: S inputs, each with the token that follows it."""
+        device = self.engine.device
+        tokens = batch.tokens.to(device, non_blocking=True)
+        extras = {
+            name: value.to(device, non_blocking=True)
+            for name, value in (("segments", batch.segment_ids), ("positions", batch.positions))
+            if value is not None
+        }
+        return self.engine(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False, **extras)
+
+    def mean_over_data(self, values: Tensor) -> Tensor:
+        """Average over the data-parallel ranks."""
+        return self.topology.sum_over_data(values) / self.topology.data_size
+
+    def _average(self, metrics: Tensor) -> tuple[list[float], bool]:
+        means = self.mean_over_data(metrics)
+        # any rank's stop signal stops all of them, after the same step
+        stop = torch.tensor(float(self.stop_requested), device=means.device)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return means.tolist(), bool(stop.item())
+
+    def _refuse_non_finite(self, means: list[float], norm: float) -> None:
+        if not all(map(math.isfinite, [*means, norm])):
+            values = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.metrics, means, strict=True))
+            raise UserError(
+                f"step {self.step} is not finite ({values}, grad_norm {norm:.4g}); nothing was saved after it: "
+                "lower optimizer.lr or lengthen schedule.warmup_steps and start again from the last checkpoint"
+            )
+
+    def _record(self, means: list[float], rate: float, norm: float, seconds: float) -> Record:
+        peak = self.cost.peak_flops
+        return {
+            "step": self.step,
+            "tokens": self.step * self.cost.tokens,
+            **dict(zip(self.metrics, means, strict=True)),
+            "lr": rate,
+            "grad_norm": norm,
+            "step_seconds": seconds,
+            "tokens_per_second": self.cost.tokens / seconds,
+            "mfu": None if peak is None else self.cost.flops / seconds / peak,
+        }

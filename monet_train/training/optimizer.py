@@ -1,0 +1,39 @@
+"""AdamW and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from monet_train.config import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: norms, biases and the experts' output biases are exempt.
+
+    The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind.
+    """
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        is_bias = name.rpartition(".")[2] in ("bias", "b", "b1", "b2")
+        (exempt if is_bias or parameter.ndim < 2 else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=on_gpu)
+
+
+def learning_rate(step: int, peak: float, total: int, schedule: ScheduleConfig) -> float:
+    """Learning rate of 0-based ``step``: linear warm-up, then cosine from ``peak`` to ``final`` x ``peak``.
+
+    A pure function of the step, so a resumed run needs no state of it.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    decay_steps = max(1, total - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    return peak * (schedule.final + (1 - schedule.final) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,95 @@
+"""The run folder: whose it is, what it was started with, and that one process group at a time writes it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from omegaconf import OmegaConf
+
+from monet_train.config import TrainConfig
+from monet_train.errors import UserError
+from monet_train.training.checkpoint import completed, write_atomically
+
+PACKAGES = ("monet-train", "torch", "deepspeed", "megatron-core", "transformers", "datasets", "sentencepiece", "wandb")
+
+
+def check_run_folder(folder: Path, config: TrainConfig) -> None:
+    """Refuse a folder that belongs to something else. Only reads; every rank may call it."""
+    config_file = folder / "config.yaml"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"run.dir={folder} is a file; choose another run.dir")
+    if not config_file.exists():
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            raise UserError(f"run.dir={folder} holds files that are no run; choose an empty or new folder")
+        return
+    owner = OmegaConf.select(OmegaConf.load(config_file), "run.name")
+    if owner != config.run.name:
+        raise UserError(f"run.dir={folder} belongs to the run {owner}; choose another run.dir or run.name={owner}")
+    if config.checkpoint.resume == "never" and completed(folder / "checkpoints"):
+        raise UserError(
+            f"run.dir={folder} has checkpoints and checkpoint.resume=never; "
+            "choose another run.dir, or checkpoint.resume=auto to go on"
+        )
+
+
+def lock_run_folder(folder: Path) -> IO[str]:
+    """Create the folder and hold its lock until the returned file is closed. For the main rank."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run.dir={folder} cannot be written ({error.strerror}); choose another run.dir") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"run.dir={folder} is being trained by another process; choose another run.dir") from None
+    return lock
+
+
+def write_descriptions(folder: Path, config: TrainConfig, device: torch.device, world_size: int) -> None:
+    """Write ``config.yaml`` (resolved) and ``environment.json``. For the main rank."""
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(folder / "environment.json", json.dumps(environment(device, world_size), indent=2) + "\n")
+
+
+def environment(device: torch.device, world_size: int) -> dict[str, Any]:
+    """Versions, revision, host and device of this run."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain")),
+        "host": socket.gethostname(),
+        "processor": platform.processor() or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "world_size": world_size,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

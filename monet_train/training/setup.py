@@ -1,0 +1,218 @@
+"""Building a trainer from a configuration: checks first, then the parts, in the order they depend on each other."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from monet_train.config import TrainConfig
+from monet_train.data.batches import MicroBatches
+from monet_train.data.corpus import Corpus, check_shards, open_corpus
+from monet_train.errors import UserError
+from monet_train.model.initialize import initialize
+from monet_train.model.sharding import split_model
+from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.groups import Topology, raise_together
+from monet_train.parallel.launch import Launch, resolve_device, start_process_group
+from monet_train.training.callbacks.base import Callback
+from monet_train.training.callbacks.checkpointing import Checkpointing
+from monet_train.training.callbacks.evaluation import Evaluation
+from monet_train.training.callbacks.metrics_file import MetricsFile
+from monet_train.training.callbacks.progress import Progress
+from monet_train.training.callbacks.routers import RouterMonitor
+from monet_train.training.callbacks.stop_signal import StopSignal
+from monet_train.training.callbacks.wandb import Wandb
+from monet_train.training.checkpoint import CheckpointFolder, find_resume
+from monet_train.training.checks import check_config, total_steps
+from monet_train.training.engine import build_engine
+from monet_train.training.flops import peak_flops, training_flops_per_token
+from monet_train.training.loop import StepCost, Trainer
+from monet_train.training.objective import METRICS, Objective
+from monet_train.training.optimizer import learning_rate
+from monet_train.training.run_folder import check_run_folder, lock_run_folder, write_descriptions
+
+
+def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
+    """A trainer ready to fit, resumed where the run folder says so. Every process calls it.
+
+    Raises:
+        UserError: the same on every rank, before anything is written.
+    """
+    check_config(config, launch)
+    device = resolve_device(config.train.device, launch)
+    start_process_group(launch, device)
+    resources = ExitStack()
+    resources.callback(dist.destroy_process_group)
+    try:
+        return _build(config, launch, device, resources)
+    except BaseException:
+        resources.close()
+        raise
+
+
+def _build(config: TrainConfig, launch: Launch, device: torch.device, resources: ExitStack) -> Trainer:
+    topology = Topology(config.parallel.tensor)
+    folder = Path(config.run.dir).resolve()
+    steps = total_steps(config)
+    resume = _agree(lambda: _check_inputs(config, folder))
+    corpus = _agree(lambda: _open_corpus(config, steps, folder))
+    assert corpus is not None
+    checkpoints = CheckpointFolder(
+        folder / "checkpoints",
+        keep=config.checkpoint.keep,
+        identity=run_identity(config, corpus, topology),
+        zero_stage=config.zero.stage,
+        tokenizer_file=corpus.tokenizer_file,
+    )
+    _agree(lambda: checkpoints.check_same_run(resume) if resume else None)
+    lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
+    if lock is not None:
+        resources.enter_context(lock)
+        write_descriptions(folder, config, device, launch.world_size)
+
+    model = build_model(config, topology, device)
+    engine = build_engine(model, config, topology)
+    batches = _micro_batches(corpus.train, config.train.global_batch_size, config, topology)
+    resources.callback(batches.close)
+    trainer = Trainer(
+        engine=engine,
+        objective=Objective.of(config.train),
+        metrics=METRICS,
+        batches=batches,
+        learning_rate=partial(learning_rate, peak=config.optimizer.lr, total=steps, schedule=config.schedule),
+        total_steps=steps,
+        cost=_step_cost(config, device, launch.world_size),
+        topology=topology,
+        callbacks=_callbacks(config, launch, folder, steps, corpus, topology, checkpoints),
+        resources=resources,
+    )
+    if resume:
+        checkpoints.load(trainer, resume)
+    if launch.is_main:
+        _announce(config, trainer, topology, device, resume)
+    return trainer
+
+
+def build_model(config: TrainConfig, topology: Topology, device: torch.device) -> MonetForCausalLM:
+    """The model of this rank: split, initialised, tied to the ranks that share its micro-steps."""
+    with torch.device("meta"):
+        model = MonetForCausalLM(config.model)
+        if topology.tensor_size > 1:
+            split_model(model, topology.tensor_group)
+    initialize(model, device, config.train.seed, topology.tensor_rank, topology.tensor_size)
+    model.model.recompute = config.train.recompute
+    model.sum_over_batch = topology.sum_over_data
+    for router in model.model.routers():
+        router.sum_over_batch = topology.sum_over_data
+        router.implementation = config.kernels
+    return model
+
+
+def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dict[str, Any]:
+    """What must be the same for a run to go on: the model, the data and their order, and how state is split."""
+    return {
+        "model": asdict(config.model),
+        "data": {"fingerprint": corpus.fingerprint} | corpus.identity,
+        "train": {
+            "global_batch_size": config.train.global_batch_size,
+            "micro_batch_size": config.train.micro_batch_size,
+            "precision": config.train.precision,
+        },
+        "parallel": {"tensor": topology.tensor_size, "data": topology.data_size},
+        "zero": {"stage": config.zero.stage},
+    }
+
+
+def _check_inputs(config: TrainConfig, folder: Path) -> Path | None:
+    check_shards(config.data, config.model.vocab_size)
+    check_run_folder(folder, config)
+    return find_resume(config.checkpoint.resume, folder / "checkpoints")
+
+
+def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
+    return open_corpus(
+        config.data,
+        seq_length=config.train.seq_length,
+        seed=config.train.seed,
+        vocab_size=config.model.vocab_size,
+        train_sequences=steps * config.train.global_batch_size,
+        valid_sequences=config.eval.sequences if config.eval.every is not None else 0,
+        cache_dir=folder / "data_cache",
+    )
+
+
+def _agree(check: Any) -> Any:
+    """Run ``check`` on every rank; if any rank refuses, all do, so that none waits for the others."""
+    result, error = None, None
+    try:
+        result = check()
+    except UserError as refused:
+        error = refused
+    raise_together(error)
+    return result
+
+
+def _micro_batches(dataset: Any, sequences: int, config: TrainConfig, topology: Topology) -> MicroBatches:
+    return MicroBatches(
+        dataset,
+        global_batch_size=sequences,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=topology.data_rank,
+        data_size=topology.data_size,
+    )
+
+
+def _step_cost(config: TrainConfig, device: torch.device, world_size: int) -> StepCost:
+    tokens = config.train.global_batch_size * config.train.seq_length
+    peak = peak_flops(device, config.train.precision)
+    return StepCost(
+        tokens=tokens,
+        flops=tokens * training_flops_per_token(config.model, config.train.seq_length),
+        peak_flops=None if peak is None else peak * world_size,
+    )
+
+
+def _callbacks(
+    config: TrainConfig,
+    launch: Launch,
+    folder: Path,
+    steps: int,
+    corpus: Corpus,
+    topology: Topology,
+    checkpoints: CheckpointFolder,
+) -> list[Callback]:
+    """In the order they are called: what adds to the record, what writes it, what evaluates, what saves."""
+    routers = [layer for layer in range(config.model.num_hidden_layers) if config.model.has_router(layer)]
+    callbacks: list[Callback] = [StopSignal(), RouterMonitor(routers, config.model.moe_experts)]
+    if launch.is_main:
+        callbacks.append(MetricsFile(folder / "metrics.jsonl"))
+        if config.logging.wandb.mode != "disabled":
+            resolved = OmegaConf.to_container(OmegaConf.structured(config))
+            callbacks.append(Wandb(config.logging.wandb, folder, config.run.name, resolved, config.logging.every))
+        callbacks.append(Progress(steps, config.logging.every, config.logging.progress))
+    if corpus.valid is not None and config.eval.every is not None:
+        micro_step = topology.data_size * config.train.micro_batch_size
+        sequences = max(1, min(config.eval.sequences, len(corpus.valid)) // micro_step) * micro_step
+        evaluation = _micro_batches(corpus.valid, sequences, config, topology)
+        callbacks.append(Evaluation(evaluation, config.eval.every))
+    return [*callbacks, Checkpointing(checkpoints, config.checkpoint.every)]
+
+
+def _announce(
+    config: TrainConfig, trainer: Trainer, topology: Topology, device: torch.device, resume: Path | None
+) -> None:
+    parameters = training_flops_per_token(config.model, config.train.seq_length)
+    print(
+        f"{config.run.name}: {topology.data_size} data x {topology.tensor_size} tensor ranks on {device.type}, "
+        f"ZeRO {config.zero.stage}, {config.train.precision}, {parameters / 1e6:,.0f} MFLOP a token; "
+        f"kernels: {config.kernels}; "
+        + (f"goes on after step {trainer.step} ({resume})" if resume else f"starts in {Path(config.run.dir)}"),
+        flush=True,
+    )
