@@ -1,30 +1,65 @@
 """The product-key expert operations: one public function an operation, whichever implementation runs it.
 
 ``route`` chooses the implementation: the gates it returns are dense (plain definition, :mod:`.plain`) or compact
-(native kernels), and the expert operations follow the gates they are given.
+(native kernels of ``csrc/``, :mod:`.compact`), and the expert operations follow the gates they are given.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from monet_train.kernels import plain
+from monet_train.errors import UserError
+from monet_train.kernels import compact, extension, plain
+from monet_train.kernels.compact import CompactGates
 from monet_train.kernels.gates import DenseGates, Gates
 
-__all__ = ["Gates", "expert_bias", "head_moments", "horizontal_experts", "route", "vertical_experts"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "CompactGates",
+    "DenseGates",
+    "Gates",
+    "describe",
+    "expert_bias",
+    "head_moments",
+    "horizontal_experts",
+    "route",
+    "vertical_experts",
+]
+
+IMPLEMENTATIONS = ("auto", "native", "plain")
+
+
+def describe(implementation: str, device: torch.device | str) -> str:
+    """One line for the start of a run: which implementation the expert operations will take, and why."""
+    if implementation == "plain":
+        return "expert kernels: plain PyTorch definition, as asked"
+    reason = _why_not_native(torch.device(device))
+    if reason is None:
+        return "expert kernels: native, sparse (CPU)"
+    return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
 
 
 def head_moments(z: Tensor) -> Tensor:
     """Sum and sum of squares of the logits of each head, fp64 [2, H]. See :func:`plain.head_moments`."""
+    if z.dtype == torch.float32 and _why_not_native(z.device) is None:
+        return torch.ops.monet.head_moments(z.detach())
     return plain.head_moments(z)
 
 
 def route(z: Tensor, threshold: Tensor, implementation: str = "auto") -> Gates:
     """Gates of one router side from its logits [T, H, E] and thresholds [H]. See :func:`plain.gates`.
 
-    ``implementation``: ``auto`` takes the native kernels wherever they can run, ``plain`` the definition,
-    ``native`` the kernels or an error.
+    ``implementation``: ``auto`` takes the native kernels wherever they can run (fp32 logits), ``plain`` the
+    definition, ``native`` the kernels (fp32 or fp64 logits) or an error.
     """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"kernels={implementation} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    reason = None if implementation == "plain" else _why_not_native(z.device)
+    if implementation == "native" and reason is not None:
+        raise UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
+    if implementation == "native" or (implementation == "auto" and reason is None and z.dtype == torch.float32):
+        return compact.route(z, threshold)
     return DenseGates(plain.gates(z, threshold))
 
 
@@ -41,3 +76,9 @@ def horizontal_experts(x: Tensor, g1: Gates, g2: Gates, *weights: Tensor) -> Ten
 def expert_bias(g: Gates, b: Tensor) -> Tensor:
     """Output bias of one side, [T, width]. See :func:`plain.expert_bias`."""
     return plain.expert_bias(g.dense(), b)
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"none for {device.type} yet"
+    return extension.missing()

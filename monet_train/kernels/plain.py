@@ -100,9 +100,7 @@ def vertical_experts(
     return torch.cat([left, right], -1)
 
 
-def horizontal_experts(
-    x: Tensor, g1: Tensor, g2: Tensor, u: Tensor, u_bias: Tensor, v: Tensor
-) -> Tensor:
+def horizontal_experts(x: Tensor, g1: Tensor, g2: Tensor, u: Tensor, u_bias: Tensor, v: Tensor) -> Tensor:
     """Horizontal decomposition without the output bias (paper section 3.3).
 
     a = relu²(u x) [T, E, m];  y_j = Σ_h g2_hj Σ_i g1_hi a_i;  output v[y].

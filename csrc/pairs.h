@@ -1,0 +1,25 @@
+// The active (token, half-expert) pairs of one router side: the compact form of its gates.
+#pragma once
+
+#include <cstdint>
+
+namespace monet {
+
+// Tokens are taken in blocks of this many. Within a block, pairs are grouped by half-expert: a group is a small
+// dense product whose token rows stay in cache. Part of the layout, so that results do not depend on the machine.
+constexpr int64_t kBlockTokens = 512;
+
+// Pairs are numbered by (block, half-expert, token). A pair is active in at least one head.
+struct Pairs {
+  int64_t tokens;
+  int64_t experts;
+  int64_t count;
+  const int32_t* token;        // [count]                 token of a pair
+  const int32_t* group_start;  // [blocks * experts + 1]  first pair of (block, half-expert)
+  const int32_t* row_start;    // [tokens + 1]            first entry of a token in row_pair
+  const int32_t* row_pair;     // [count]                 pairs of a token, by ascending half-expert
+
+  int64_t blocks() const { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+};
+
+}  // namespace monet

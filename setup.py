@@ -1,0 +1,90 @@
+"""Builds ``csrc/`` into ``monet_train/kernels/_C``; everything else about the package is in pyproject.toml.
+
+The extension is an extra: without torch, without a compiler, or when the build fails, the install still succeeds
+and the plain PyTorch definition runs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+BINDING = "csrc/bindings.cpp"
+COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+
+
+class BuildKernels(build_ext):
+    """Compile every file of ``csrc/`` with flags of its own, link, and put the library in place in one step."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:  # whatever is missing, the package works without its extension
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.warn(f"native kernels not built ({reason}); the plain PyTorch definition will run")
+
+    def build_extension(self, ext: Extension) -> None:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise RuntimeError(f"no C++ compiler: {compiler} not found")
+        objects = Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+        framework = [f"-isystem{path}" for path in include_paths()] + ["-fopenmp", *torch_defines(torch)]
+
+        def compile_one(source: str) -> str:
+            target = objects / (source.replace("/", ".") + ".o")
+            flags = framework if source == BINDING else instruction_set(source)
+            self.spawn([compiler, *COMMON_FLAGS, *flags, "-c", source, "-o", str(target)])
+            return str(target)
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            compiled = list(pool.map(compile_one, ext.sources))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # OpenMP is not linked: its symbols come with libtorch, so that both share one pool of threads.
+        linked = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+        fresh = library.with_suffix(".new")
+        self.spawn([compiler, "-shared", *compiled, *linked, "-o", str(fresh)])
+        fresh.replace(library)  # a process that has the old library open keeps it
+
+
+def torch_defines(torch) -> list[str]:
+    """Macros that tie the binding to the torch it is built against."""
+    abi = int(torch.compiled_with_cxx11_abi())
+    return [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f'-DMONET_TORCH_VERSION="{torch.__version__}"']
+
+
+def instruction_set(source: str) -> list[str]:
+    """Flags of a kernel that is compiled for one instruction set, chosen when the program runs."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return []
+    if source.endswith("_avx512.cpp"):
+        return ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
+    if source.endswith("_avx2.cpp"):
+        return ["-mavx2", "-mfma"]
+    return []
+
+
+def native_extension() -> Extension:
+    """The extension: the binding, the kernels of each device, and the headers that a source archive must carry."""
+    kernels = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    return Extension("monet_train.kernels._C", [BINDING, *kernels], depends=headers, optional=True)
+
+
+setup(
+    packages=[*find_packages(include=["monet_train*", "data_prep*"]), "monet_train.conf"],
+    package_dir={"monet_train.conf": "conf"},
+    package_data={"monet_train.conf": ["**/*.yaml"]},
+    ext_modules=[native_extension()],
+    cmdclass={"build_ext": BuildKernels},
+)

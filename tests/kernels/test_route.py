@@ -1,0 +1,222 @@
+"""The native router and the compact gates against the plain definition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from monet_train import kernels
+from monet_train.errors import UserError
+from monet_train.kernels import CompactGates, DenseGates, extension, plain
+
+native = pytest.mark.skipif(extension.missing() is not None, reason=f"native kernels: {extension.missing()}")
+
+
+@dataclass
+class Case:
+    """Logits [T, H, E] and thresholds [H] in fp64."""
+
+    z: Tensor
+    threshold: Tensor
+
+
+def case(tokens: int, heads: int, experts: int, k: float, seed: int = 0) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(tokens, heads, experts, generator=generator, dtype=torch.float64)
+    tau = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * k / experts, dtype=torch.float64))
+    # rounded to fp32, so that both precisions compare the same numbers
+    return Case(z.float().double(), tau.float().double().expand(heads).clone())
+
+
+def all_active() -> Case:
+    found = case(9, 3, 70, 4)
+    return Case(found.z, torch.full((3,), -math.inf, dtype=torch.float64))
+
+
+def only_the_largest() -> Case:
+    found = case(9, 3, 70, 4)
+    return Case(found.z, torch.full((3,), math.inf, dtype=torch.float64))
+
+
+def all_alike() -> Case:
+    found = case(1, 2, 64, 4)
+    return Case(found.z.expand(600, -1, -1).contiguous(), found.threshold)
+
+
+def all_equal() -> Case:
+    return Case(torch.zeros(5, 2, 10, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+
+
+CASES = {
+    "one token": case(1, 6, 512, 8),
+    "one head": case(33, 1, 64, 4),
+    "one half-expert": case(4, 2, 1, 0.5),
+    "odd sizes": case(37, 3, 101, 5),
+    "several blocks": case(1100, 2, 40, 2),
+    "published size": case(70, 6, 512, 8),
+    "zero tokens": case(0, 2, 16, 2),
+    "all active": all_active(),
+    "only the largest": only_the_largest(),
+    "every token alike": all_alike(),
+    "every logit equal": all_equal(),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def routed(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def weights_like(tensor: Tensor) -> Tensor:
+    """Fixed weights that make a scalar of a tensor, so that its gradient tells every entry apart."""
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@native
+def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype) -> None:
+    z = routed.z.to(dtype, copy=True).requires_grad_()
+    gates = kernels.route(z, routed.threshold.to(dtype), "native")
+    assert isinstance(gates, CompactGates)
+    dense = gates.dense()
+    reference_z = routed.z.clone().requires_grad_()
+    reference = plain.gates(reference_z, routed.threshold)
+    assert dense.dtype == dtype
+    torch.testing.assert_close(dense.double(), reference, rtol=0, atol=TOLERANCE[dtype])
+    assert torch.equal(dense != 0, reference != 0)
+
+    (dense * weights_like(dense).to(dtype)).sum().backward()
+    (reference * weights_like(reference)).sum().backward()
+    torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
+
+
+@native
+@pytest.mark.parametrize("method", ["total", "largest_total"])
+def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str) -> None:
+    z, reference_z = routed.z.to(dtype, copy=True).requires_grad_(), routed.z.clone().requires_grad_()
+    value = getattr(kernels.route(z, routed.threshold.to(dtype), "native"), method)()
+    reference = getattr(DenseGates(plain.gates(reference_z, routed.threshold)), method)()
+    torch.testing.assert_close(value.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    (value * weights_like(value).to(dtype)).sum().backward()
+    (reference * weights_like(reference)).sum().backward()
+    torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
+
+
+@native
+def test_active_pairs(routed: Case) -> None:
+    gates = kernels.route(routed.z.float(), routed.threshold.float(), "native")
+    assert gates.active() == DenseGates(plain.gates(routed.z, routed.threshold)).active()
+
+
+@native
+@pytest.mark.parametrize(("value", "row_is_nan"), [(math.nan, True), (math.inf, True), (-math.inf, False)])
+def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool) -> None:
+    found = case(20, 3, 70, 4)
+    found.z[7, 1, 13] = value
+    dense = kernels.route(found.z, found.threshold, "native").dense()
+    torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
+    assert dense[7, 1].isnan().all() == row_is_nan
+    assert dense.isnan().sum() == (70 if row_is_nan else 0)
+
+
+@native
+def test_a_threshold_that_is_nan() -> None:
+    found = case(20, 3, 70, 4)
+    found.threshold[2] = math.nan
+    dense = kernels.route(found.z, found.threshold, "native").dense()
+    torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
+    assert dense[:, 2].isnan().all()
+
+
+@native
+def test_nan_reaches_the_sums() -> None:
+    found = case(20, 3, 70, 4)
+    found.z[7, 1, 13] = math.nan
+    gates = kernels.route(found.z, found.threshold, "native")
+    assert torch.equal(gates.total().isnan().all(1), torch.tensor([False, True, False]))
+    assert torch.equal(gates.largest_total().isnan(), torch.tensor([False, True, False]))
+
+
+@native
+def test_same_bits_with_any_number_of_threads() -> None:
+    found = case(1500, 4, 96, 6)
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        z = found.z.float().requires_grad_()
+        gates = kernels.route(z, found.threshold.float(), "native")
+        total = gates.total()
+        (total * weights_like(total).float()).sum().backward()
+        return [gates.values, *gates.layout.tensors(), total, kernels.head_moments(z), z.grad]
+
+    threads = torch.get_num_threads()
+    try:
+        first, second = run(1), run(3)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@native
+def test_map_carries_the_gradient() -> None:
+    found = case(10, 2, 32, 3)
+    z = found.z.requires_grad_()
+    gates = kernels.route(z, found.threshold, "native")
+    (gates.map(lambda values: 3 * values).dense() * weights_like(z)).sum().backward()
+    tripled, z.grad = z.grad, None
+    (kernels.route(z, found.threshold, "native").dense() * weights_like(z)).sum().backward()
+    torch.testing.assert_close(tripled, 3 * z.grad)
+
+
+@native
+def test_strided_logits() -> None:
+    found = case(12, 4, 30, 3)
+    strided = found.z.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    torch.testing.assert_close(
+        kernels.route(strided, found.threshold, "native").dense(), plain.gates(found.z, found.threshold)
+    )
+
+
+@native
+def test_head_moments(routed: Case) -> None:
+    z = routed.z.float() + 3
+    torch.testing.assert_close(kernels.head_moments(z), plain.head_moments(z), rtol=1e-12, atol=1e-9)
+
+
+@native
+def test_auto_is_native_for_fp32_only() -> None:
+    found = case(5, 2, 16, 2)
+    assert isinstance(kernels.route(found.z.float(), found.threshold.float()), CompactGates)
+    assert isinstance(kernels.route(found.z, found.threshold), DenseGates)
+    assert "native" in kernels.describe("auto", "cpu")
+
+
+def test_plain_is_plain() -> None:
+    found = case(5, 2, 16, 2)
+    assert isinstance(kernels.route(found.z.float(), found.threshold.float(), "plain"), DenseGates)
+    assert "plain" in kernels.describe("plain", "cpu")
+
+
+def test_unknown_implementation_is_refused() -> None:
+    found = case(5, 2, 16, 2)
+    with pytest.raises(UserError, match="kernels=fast is unknown"):
+        kernels.route(found.z, found.threshold, "fast")
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "missing", lambda: "not built")
+    found = case(5, 2, 16, 2)
+    assert isinstance(kernels.route(found.z.float(), found.threshold.float()), DenseGates)
+    with pytest.raises(UserError, match=r"kernels=native cannot run here \(not built\)"):
+        kernels.route(found.z, found.threshold, "native")
+    assert "not built" in kernels.describe("auto", "cpu")
+    torch.testing.assert_close(kernels.head_moments(found.z.float()), plain.head_moments(found.z.float()))
