@@ -1,0 +1,166 @@
+"""Export to a Hugging Face folder that loads in today's transformers, in the published code, and here again.
+
+``monet-export CHECKPOINT OUT`` or :func:`save_pretrained`. The folder carries its own modelling files
+(``trust_remote_code=True``), so a user of it needs torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from monet_train.errors import UserError, one_line_errors
+from monet_train.interop import hf
+from monet_train.interop.card import model_card
+from monet_train.interop.checkpoint import (
+    CONFIG,
+    check_weights,
+    published_config,
+    read_config,
+    read_json,
+    read_weights,
+    resolve_checkpoint,
+)
+from monet_train.interop.tokenizer import find_tokenizer, write_tokenizer
+from monet_train.kernels import plain
+from monet_train.model.config import MonetConfig
+from monet_train.model.transformer import MonetForCausalLM
+
+MAX_SHARD_SIZE = "5GB"
+RECORD = "monet_export.json"  # lists the files of an export: what --force may replace
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AUTO_MAP = {
+    "AutoConfig": "configuration_monet.MonetConfig",
+    "AutoModel": "modeling_monet.MonetModel",
+    "AutoModelForCausalLM": "modeling_monet.MonetForCausalLM",
+}
+
+
+def save_pretrained(
+    model: MonetForCausalLM, folder: str | Path, tokenizer_file: str | Path | None = None, *, force: bool = False
+) -> Path:
+    """Export a model (whole, in one process) to a Hugging Face folder.
+
+    Args:
+        folder: new or empty; with ``force`` an earlier export there is replaced.
+        tokenizer_file: a ``tokenizer.json`` or a SentencePiece model, to be exported with it.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: the folder is in use, or the tokenizer does not fit. Nothing is changed then.
+    """
+    tokenizer = None if tokenizer_file is None else Path(tokenizer_file)
+    return write_export(model.config, model.state_dict(), Path(folder), tokenizer, force)
+
+
+def write_export(
+    config: MonetConfig, weights: dict[str, Tensor], folder: Path, tokenizer_file: Path | None, force: bool
+) -> Path:
+    """Write a Hugging Face folder, whole or not at all. See :func:`save_pretrained`."""
+    _refuse_occupied(folder, force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        _write_files(config, weights, new, folder.name, tokenizer_file)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+    return folder
+
+
+def cast_weights(weights: dict[str, Tensor], config: MonetConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters in ``dtype``; the routers' statistics keep theirs, since thresholds do not bear bf16."""
+    parameters = _parameter_names(config)
+    return {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in weights.items()}
+
+
+def _parameter_names(config: MonetConfig) -> set[str]:
+    with torch.device("meta"):
+        return {name for name, _ in MonetForCausalLM(config).named_parameters()}
+
+
+def _refuse_occupied(folder: Path, force: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a new folder")
+    present = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+    if not present:
+        return
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{folder} is not empty and no earlier export; give a new folder")
+    foreign = sorted(present - set(read_json(folder / RECORD)["files"]))
+    if foreign:
+        raise UserError(f"{folder} holds {foreign[0]}, which no export wrote; move it away or give a new folder")
+    if not force:
+        raise UserError(f"{folder} holds an earlier export; give --force to replace it, or a new folder")
+
+
+def _write_files(
+    config: MonetConfig, weights: dict[str, Tensor], folder: Path, name: str, tokenizer_file: Path | None
+) -> None:
+    token_ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if tokenizer_file is not None:
+        token_ids |= write_tokenizer(tokenizer_file, config, folder)
+    dtype = weights["model.embed_tokens.weight"].dtype
+    save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, published_config(config, dtype) | token_ids | {"auto_map": AUTO_MAP})
+    _write_json(
+        folder / "generation_config.json",
+        {"_from_model_config": True, **token_ids, "transformers_version": version("transformers")},
+    )
+    modelling_files = Path(hf.__file__).parent
+    for file in ("configuration_monet.py", "modeling_monet.py"):
+        shutil.copyfile(modelling_files / file, folder / file)
+    shutil.copyfile(plain.__file__, folder / "monet_plain.py")
+    parameters = sum(tensor.numel() for key, tensor in weights.items() if key in _parameter_names(config))
+    card = model_card(name, config, parameters, dtype, has_tokenizer=tokenizer_file is not None)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    files = sorted({RECORD, *(file.name for file in folder.iterdir())})
+    _write_json(folder / RECORD, {"files": files})
+
+
+def _write_json(file: Path, values: dict[str, object]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@one_line_errors
+def main() -> None:
+    """Console entry ``monet-export``."""
+    parser = argparse.ArgumentParser(prog="monet-export", description="Export a checkpoint to a Hugging Face folder.")
+    parser.add_argument("checkpoint", help="run folder (newest step), step folder, or Hugging Face folder")
+    parser.add_argument("out", type=Path, help="folder to write: new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: as in the checkpoint)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (default: the one in the checkpoint)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
+    arguments = parser.parse_args()
+
+    source = resolve_checkpoint(arguments.checkpoint)
+    config = read_config(source)
+    weights = read_weights(source)
+    check_weights(weights, config, source)
+    if arguments.dtype:
+        weights = cast_weights(weights, config, DTYPES[arguments.dtype])
+    tokenizer_file = arguments.tokenizer or find_tokenizer(source)
+    write_export(config, weights, arguments.out, tokenizer_file, arguments.force)
+    size = sum(file.stat().st_size for file in arguments.out.iterdir())
+    print(f"exported {source} to {arguments.out} ({size / 2**20:,.1f} MiB)")
+    if tokenizer_file is None:
+        print("without a tokenizer: the checkpoint holds none and --tokenizer names none")
+
+
+if __name__ == "__main__":
+    main()

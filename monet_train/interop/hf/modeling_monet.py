@@ -1,0 +1,452 @@
+"""Monet (Mixture of Monosemantic Experts for Transformers, arXiv 2412.04139) for transformers 5.
+
+A Llama decoder whose perceptrons are Monet layers. The mathematics of routing and experts is in ``monet_plain.py``.
+Parameters and buffers have the names of the published checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_monet import MonetConfig
+from .monet_plain import (
+    activation_threshold,
+    expert_bias,
+    gates,
+    head_moments,
+    horizontal_experts,
+    vertical_experts,
+)
+
+NORM_EPS = 1e-5
+NORM_MOMENTUM = 0.1
+
+RouterProbs = tuple[tuple[Tensor, Tensor] | None, ...]
+
+
+@dataclass
+class MonetModelOutput(BaseModelOutputWithPast):
+    """Adds ``router_probs``: a layer, the gates (g1, g2) [B, S, H, E], or None where it has no router of its own."""
+
+    router_probs: RouterProbs | None = None
+
+
+@dataclass
+class MonetCausalLMOutput(CausalLMOutputWithPast):
+    """Adds ``router_probs``: a layer, the gates (g1, g2) [B, S, H, E], or None where it has no router of its own."""
+
+    router_probs: RouterProbs | None = None
+
+
+def rotary_tables(config: MonetConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles (arXiv 2104.09864, half-split layout): fp32 [B or 1, 1, S, head size]."""
+    head_size = config.hidden_size // config.num_attention_heads
+    exponent = torch.arange(0, head_size, 2, device=position_ids.device).float() / head_size
+    angles = position_ids[..., None].float() * config.rope_theta**-exponent
+    angles = torch.cat([angles, angles], -1).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + size/2}) of [B, heads, S, size] by their angles."""
+    first, second = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
+
+
+def mask_for_attention(attention_mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
+    """The mask for scaled_dot_product_attention, or None where causality alone decides.
+
+    Args:
+        attention_mask: None, [B, past + length] with 0 at padding, or a ready one [B, 1, length, keys].
+        past: tokens in the cache. length: new tokens.
+
+    Returns:
+        bool [B or 1, 1, length, past + length], True = attend; a ready mask unchanged.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None
+    if attention_mask is None and (past == 0 or length == 1):
+        return None
+    tokens = torch.arange(past + length, device=device)
+    queries = tokens[past:, None]
+    causal = tokens <= queries
+    if attention_mask is None:
+        return causal[None, None]
+    # padding attends to itself, as a softmax over nothing would be NaN
+    return ((causal & attention_mask[:, None, :].bool()) | (tokens == queries)).unsqueeze(1)
+
+
+class MonetAttention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key/value heads."""
+
+    def __init__(self, config: MonetConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.dropout = config.attention_dropout
+        kv_width = config.num_key_value_heads * self.head_size
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: int, cache: Cache | None
+    ) -> Tensor:
+        """[B, S, d] -> [B, S, d]; the new keys and values are appended to ``cache``."""
+        length = x.shape[1]
+        query = rotate(self._heads(self.q_proj(x)), cos, sin)
+        key = rotate(self._heads(self.k_proj(x)), cos, sin)
+        value = self._heads(self.v_proj(x))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        # a static cache returns room for tokens that are still to come
+        keys = past + length if mask is None else mask.shape[-1]
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key[:, :, :keys],
+            value[:, :, :keys],
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and length > 1,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class LogitStatistics(nn.Module):
+    """Mean and variance of a router's logits for each head: the buffers of a BatchNorm1d without scale and shift.
+
+    The thresholds that they set do not bear bf16, so they stay in fp32 when the model is cast.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(heads))
+        self.register_buffer("running_var", torch.ones(heads))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move towards a batch of ``count`` logits a head. mean, var (biased): [H]."""
+        unbiased = var * count / (count - 1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)
+        self.num_batches_tracked.add_(1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+class MonetRouter(nn.Module):
+    """Gates of both half-expert sets for each token (paper section 3.4)."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.heads, self.experts, self.topk = config.moe_heads, config.moe_experts, config.moe_topk
+        self.w1 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
+        self.w2 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
+        self.norm1 = LogitStatistics(self.heads)
+        self.norm2 = LogitStatistics(self.heads)
+
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Route tokens.
+
+        Args:
+            x: [T, d]. real: bool [T], False at padding, which is kept out of the batch statistics.
+
+        Returns:
+            gates of side 1 and 2, [T, H, E]; in training the batch statistics, for :meth:`update_statistics`.
+        """
+        sides = []
+        batch = []
+        for w, norm in ((self.w1, self.norm1), (self.w2, self.norm2)):
+            z = w(x).float().unflatten(-1, (self.heads, self.experts))
+            mean, var = norm.running_mean, norm.running_var
+            if self.training:
+                statistics = self._batch_statistics(z if real is None else z[real])
+                mean, var = statistics[:2].float()
+                batch.append(statistics)
+            threshold = activation_threshold(mean, var, self.topk, self.experts, NORM_EPS)
+            sides.append(gates(z, threshold))
+        return sides[0], sides[1], torch.stack(batch) if batch else None
+
+    def update_statistics(self, batch: Tensor) -> None:
+        """Take batch statistics [2 sides, (mean, var, count), H] into the running ones."""
+        self.norm1.update(*batch[0])
+        self.norm2.update(*batch[1])
+
+    def _batch_statistics(self, z: Tensor) -> Tensor:
+        """Of logits [T, H, E]: fp64 [(mean, biased var, count), H]."""
+        moments = head_moments(z)
+        count = torch.full_like(moments[0], z.shape[0] * self.experts)
+        mean, square = moments / count
+        return torch.stack([mean, (square - mean.square()).clamp_min(0), count])
+
+
+class VerticalExperts(nn.Module):
+    """Experts that are split along their inner dimension (paper section 3.3, vertical)."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        half, inner = config.hidden_size // 2, config.moe_experts * config.moe_dim // 2
+        self.u1 = nn.Linear(config.hidden_size, inner)
+        self.u2 = nn.Linear(config.hidden_size, inner)
+        self.v11 = nn.Linear(inner, half, bias=False)
+        self.v12 = nn.Linear(inner, half, bias=False)
+        self.v21 = nn.Linear(inner, half, bias=False)
+        self.v22 = nn.Linear(inner, half, bias=False)
+        self.b1 = nn.Parameter(torch.zeros(config.moe_experts, half))
+        self.b2 = nn.Parameter(torch.zeros(config.moe_experts, half))
+
+    def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
+        """x [T, d], gates [T, H, E] -> [T, d]."""
+        mixed = vertical_experts(
+            x, g1, g2,
+            self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
+            self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
+        )  # fmt: skip
+        return mixed + torch.cat([expert_bias(g1, self.b1), expert_bias(g2, self.b2)], -1)
+
+
+class HorizontalExperts(nn.Module):
+    """Experts whose input and output layers are composed (paper section 3.3, horizontal)."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        inner = config.moe_experts * config.moe_dim
+        self.u = nn.Linear(config.hidden_size, inner)
+        self.v = nn.Linear(inner, config.hidden_size, bias=False)
+        self.b = nn.Parameter(torch.zeros(config.moe_experts, config.hidden_size))
+
+    def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
+        """x [T, d], gates [T, H, E] -> [T, d]."""
+        mixed = horizontal_experts(x, g1, g2, self.u.weight, self.u.bias, self.v.weight)
+        return mixed + expert_bias(g2, self.b)
+
+
+class MonetDecoderLayer(GradientCheckpointingLayer):
+    """Attention and experts. Every ``moe_groups``-th layer routes; the others reuse its gates."""
+
+    def __init__(self, config: MonetConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = MonetAttention(config, layer)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.router = MonetRouter(config) if layer % config.moe_groups == 0 else None
+        self.moe = {"vertical": VerticalExperts, "horizontal": HorizontalExperts}[config.moe_decompose](config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        g1: Tensor,
+        g2: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        real: Tensor | None,
+        past: int,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """One layer.
+
+        Args:
+            hidden: [B, S, d]. g1, g2: gates of the group [B*S, H, E]; not read by a layer that routes.
+            cos, sin: rotary tables. mask: see :func:`mask_for_attention`. real: bool [B*S], False at padding.
+
+        Returns:
+            hidden, g1, g2, and the batch statistics of this layer's router in training.
+        """
+        x = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(x, cos, sin, mask, past, past_key_values)
+        x = self.post_attention_layernorm(hidden)
+        tokens = x.flatten(0, 1)
+        statistics = None
+        if self.router is not None:
+            g1, g2, statistics = self.router(tokens, real)
+        hidden = hidden + self.moe(tokens, g1, g2).view_as(x)
+        return hidden, g1, g2, statistics
+
+
+class MonetPreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers has to know of the architecture."""
+
+    config_class = MonetConfig
+    config: MonetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MonetDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["norm1", "norm2"]  # noqa: RUF012
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, VerticalExperts):
+            init.zeros_(module.b1)
+            init.zeros_(module.b2)
+        elif isinstance(module, HorizontalExperts):
+            init.zeros_(module.b)
+        elif isinstance(module, LogitStatistics):
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+
+class MonetModel(MonetPreTrainedModel):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MonetDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool | None = None,
+        **kwargs: Any,
+    ) -> MonetModelOutput:
+        """input_ids [B, S] or inputs_embeds [B, S, d] -> hidden states [B, S, d] after the final norm."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        config = self.config
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_router_probs is None:
+            output_router_probs = config.output_router_probs
+
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden.shape[:2]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None:
+            position_ids = torch.arange(past, past + length, device=hidden.device)[None]
+        cos, sin = rotary_tables(config, position_ids)
+        mask = mask_for_attention(attention_mask, past, length, hidden.device)
+        real = None
+        if mask is not None and attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:].bool().flatten()
+
+        g1 = g2 = hidden.new_empty(0)  # the first layer routes
+        states: list[Tensor] = []
+        router_probs: list[tuple[Tensor, Tensor] | None] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(hidden)
+            hidden, g1, g2, statistics = layer(
+                hidden, g1, g2, cos, sin, mask, real, past, past_key_values=past_key_values
+            )
+            if statistics is not None and isinstance(layer.router, MonetRouter):
+                # here, because a layer under gradient checkpointing runs twice
+                layer.router.update_statistics(statistics)
+            if output_router_probs:
+                own = tuple(gate.unflatten(0, (batch, length)) for gate in (g1, g2))
+                router_probs.append(None if layer.router is None else own)
+        hidden = self.norm(hidden)
+        return MonetModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
+            router_probs=tuple(router_probs) if output_router_probs else None,
+        )
+
+
+class MonetForCausalLM(MonetPreTrainedModel, GenerationMixin):
+    """A Monet language model."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__(config)
+        self.model = MonetModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_probs: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MonetCausalLMOutput:
+        """Next-token logits and loss.
+
+        Args:
+            input_ids: [B, S], or inputs_embeds [B, S, d]. attention_mask: [B, cached + S], 0 at padding.
+            labels: [B, S], usually ``input_ids``: shifted here by one; -100 is ignored.
+            logits_to_keep: logits of the last that many positions only (0: all), or of these positions.
+
+        Returns:
+            loss (mean cross-entropy, without the auxiliary losses of pretraining), logits [B, S, V], and what was
+            asked for of past_key_values, hidden_states (embeddings, then after each layer, the last one after the
+            final norm) and router_probs.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MonetCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            router_probs=outputs.router_probs,
+        )
