@@ -70,14 +70,21 @@ def hydra_main(run: Callable[[TrainConfig], None], is_main: bool) -> None:
         if not shows_only:
             compose(arguments.overrides)
 
+        refused: list[UserError] = []  # carried past Hydra, which prints a report of its own on any exception
+
         @hydra.main(config_path=str(config_folder()), config_name="train", version_base="1.3")
         def job(composed: DictConfig) -> None:
-            run(to_typed(composed))
+            try:
+                run(to_typed(composed))
+            except UserError as error:
+                refused.append(error)
 
         try:
             job()
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(explain(error)) from None
+        if refused:
+            raise refused[0]
 
     one_line_errors(checked, is_main)()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from monet_train.model.config import MonetConfig
-from monet_train.model.sharding import local_shard
+from monet_train.model.sharding import local_shard, mark_split_parameters
 from monet_train.model.transformer import MonetForCausalLM
 
 
@@ -31,7 +31,9 @@ def initialize(model: MonetForCausalLM, device: torch.device, seed: int, rank: i
     """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in MonetForCausalLM(model.config).named_parameters()}
-    model.to_empty(device=device)
+    model.to_empty(device=device)  # new Parameter objects: marks come after it
+    if size > 1:
+        mark_split_parameters(model)
     for name, parameter in model.named_parameters():
         full = initial_value(name, shapes[name], model.config, seed)
         parameter.copy_(local_shard(name, full, model.config.moe_experts, rank, size))

@@ -136,10 +136,15 @@ def split_model(model: MonetForCausalLM, group: dist.ProcessGroup) -> None:
             setattr(attention, name, column(d, getattr(attention, name).out_features))
         attention.o_proj = row(d, d)
         _split_experts(layer.moe, model.config.moe_experts, group)
+
+def mark_split_parameters(model: MonetForCausalLM) -> None:
+    """Mark the parameters of a split model as Megatron does.
+
+    DeepSpeed's gradient norm counts a parameter without this mark on one tensor rank only.
+    """
     for name, parameter in model.named_parameters():
         split = split_of(name)
-        if split is not None and not hasattr(parameter, "tensor_model_parallel"):
-            # DeepSpeed's gradient norm counts parameters without this mark on one tensor rank only
+        if split is not None:
             set_tensor_model_parallel_attributes(parameter, True, split.axis, 1)
 
 

@@ -75,8 +75,10 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-    os.environ.setdefault("MASTER_PORT", _slurm_port())
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = _slurm_port()
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT)
 
 

@@ -51,7 +51,19 @@ def build_engine(model: MonetForCausalLM, config: TrainConfig, topology: Topolog
         mpu=topology,
         dist_init_required=False,
     )
+    _keep_gradient_norm(engine, topology)
     return engine
+
+
+def _keep_gradient_norm(engine: Any, topology: Topology) -> None:
+    # Without ZeRO and in fp32 DeepSpeed clips with this function and drops the norm that it returns.
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        parameters = engine.module.parameters()
+        engine._global_grad_norm = clip_grad_norm_(parameters, engine.gradient_clipping(), mpu=topology)
+
+    engine.clip_fp32_gradients = clip
 
 
 def _register_expert_weights(model: MonetForCausalLM) -> None:

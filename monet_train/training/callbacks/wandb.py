@@ -12,7 +12,7 @@ from monet_train.training.callbacks.base import Callback, Record
 
 
 class Wandb(Callback):
-    """Logs every record. The id is kept in ``wandb_id`` of the run folder, so that a restart goes on in the same run."""
+    """Logs every record. ``wandb_id`` in the run folder keeps the id: a restart goes on in the same wandb run."""
 
     def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any], every: int) -> None:
         self.config, self.folder, self.name, self.run_config, self.every = config, folder, name, run_config, every
