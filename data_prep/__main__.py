@@ -1,0 +1,222 @@
+"""``monet-data``: from a corpus to a tokenizer and to the shards that training reads."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data_prep.encode import default_workers
+from data_prep.recipe import LABELS, Recipe, recipe_from
+from monet_train.errors import UserError, one_line_errors
+
+EPILOG = """\
+a SOURCE is
+  FILE or 'PATTERN'    txt, jsonl or parquet, plain or .gz, .zst, .xz; also fsspec addresses (s3://...)
+  FOLDER               source code, one document a file
+  hf:NAME[:CONFIG[:SPLIT]]   a Hugging Face dataset, streamed
+  python               the sources and licences of this Python installation
+  RECIPE.yaml          a list of sources with their fields and filters (see conf/data_prep)
+
+examples
+  monet-data tokenizer python --max-bytes 8M --vocab-size 4096 --out data/tokenizer
+  monet-data shards python --max-bytes 8M --tokenizer data/tokenizer --out data/python
+  monet-data shards 'corpora/*.jsonl.zst' --tokenizer llama/tokenizer.model --out data/corpora --where lang=en,de
+  monet-data shards conf/data_prep/fineweb_edu.yaml --tokenizer data/tokenizer --out data/fineweb
+  monet-data verify data/corpora
+  monet-data info data/corpora
+
+A run that was stopped goes on when the same command is given again.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest valid word."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            words = re.findall(r"[\w-]+", match[2])
+            near = difflib.get_close_matches(match[1], words, n=1)
+            message = f"no command {match[1]!r}: " + (
+                f"did you mean {near[0]}?" if near else f"choose {', '.join(words)}"
+            )
+        elif match := re.search(r"unrecognized arguments: (\S+)", message):
+            options = [option for action in self._all_actions() for option in action.option_strings]
+            near = difflib.get_close_matches(match[1].split("=")[0], options, n=1)
+            message += f": did you mean {near[0]}?" if near else ": see monet-data --help"
+        elif "see monet-data" not in message:
+            message += f": see {self.prog} --help"
+        raise UserError(message)
+
+    def _all_actions(self) -> list[argparse.Action]:
+        actions = list(self._actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                actions += [inner for sub in action.choices.values() for inner in sub._actions]
+        return actions
+
+
+def number(text: str) -> int:
+    """A count with an optional suffix: 300, 8M, 2.5G."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMGBT]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number like 300, 8M or 2.5G")
+    return int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[match[2]])
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    value = number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def label(text: str) -> tuple[str, str]:
+    """``NAME=VALUE`` of a label."""
+    name, _, value = text.partition("=")
+    if name not in LABELS or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is no LABEL=VALUE with a label of {', '.join(LABELS)}")
+    return name, value
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="monet-data", description=__doc__, epilog=EPILOG, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help_: str) -> Parser:
+        return commands.add_parser(name, help=help_, description=help_, epilog=EPILOG, formatter_class=formatter)
+
+    tokenizer = command("tokenizer", "train a SentencePiece tokenizer")
+    _add_sources(tokenizer)
+    tokenizer.add_argument(
+        "--vocab-size", type=positive, required=True, help="pieces, 259 special and byte ones included"
+    )
+    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    tokenizer.add_argument(
+        "--sample-bytes", type=positive, default=100_000_000, help="text to learn from, spread over all files (100M)"
+    )
+    tokenizer.add_argument(
+        "--normalization", default="identity", choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),
+        help="SentencePiece's rule (identity: the text comes back as it was)",
+    )  # fmt: skip
+    tokenizer.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and report.json")
+
+    shards = command("shards", "tokenize documents into memory-mapped shards")
+    _add_sources(shards)
+    shards.add_argument("--tokenizer", type=Path, required=True, help="folder, SentencePiece .model or tokenizer.json")
+    shards.add_argument("--out", type=Path, required=True, help="folder for the shards and manifest.json")
+    shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
+    shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")
+    shards.add_argument(
+        "--max-bad-share", type=float, default=0.01, help="stop if a larger share of documents is bad (0.01)"
+    )
+
+    verify = command("verify", "check every byte of a shard folder")
+    verify.add_argument("folder", type=Path, help="made by `monet-data shards`")
+    info = command("info", "counts, labels, lengths and decoded samples of a shard folder")
+    info.add_argument("folder", type=Path, help="made by `monet-data shards`")
+    info.add_argument("--samples", type=number, default=10, help="documents to decode (10)")
+    return parser
+
+
+def _add_sources(parser: Parser) -> None:
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to read; see below")
+    parser.add_argument("--text-field", metavar="NAME", help="field with the text in jsonl, parquet and hf (text)")
+    parser.add_argument(
+        "--label", type=label, action="append", metavar="LABEL=VALUE", help="give every document a label"
+    )
+    parser.add_argument(
+        "--where", type=label, action="append", metavar="LABEL=A,B", help="keep documents with these values only"
+    )
+    parser.add_argument("--min-chars", type=number, help="leave out shorter documents")
+    parser.add_argument("--max-chars", type=number, help="leave out longer documents")
+    parser.add_argument("--txt", choices=("file", "line"), help="a document in .txt is the whole file or a line (file)")
+    parser.add_argument("--max-documents", type=positive, help="stop after so many documents")
+    parser.add_argument("--max-bytes", type=positive, help="stop after so much text (8M, 2G)")
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the source arguments describe."""
+    options: dict[str, Any] = {
+        "text": arguments.text_field,
+        "labels": dict(arguments.label) if arguments.label else None,
+        "where": {name: values.split(",") for name, values in arguments.where} if arguments.where else None,
+        "min_chars": arguments.min_chars,
+        "max_chars": arguments.max_chars,
+        "txt": arguments.txt,
+    }
+    bounds = {"max_documents": arguments.max_documents, "max_bytes": arguments.max_bytes}
+    return recipe_from(arguments.sources, {k: v for k, v in options.items() if v is not None}, bounds)
+
+
+def run_tokenizer(arguments: argparse.Namespace) -> None:
+    """``monet-data tokenizer``."""
+    from data_prep.train_tokenizer import TokenizerOptions, train_tokenizer
+
+    options = TokenizerOptions(
+        arguments.vocab_size, arguments.model_type, arguments.sample_bytes, arguments.normalization
+    )
+    report = train_tokenizer(read_recipe(arguments), options, arguments.out)
+    print(f"{arguments.out}: {report['tokenizer']['vocabulary_size']} pieces")
+    print(f"  {'source':<28} {'documents':>10} {'bytes/token':>12} {'unknown':>9} {'round-trip failures':>20}")
+    for name, row in report["sources"].items():
+        print(
+            f"  {name[:28]:<28} {row['documents']:>10,} {row['bytes_per_token']:>12.2f} {row['unknown_rate']:>9.2%} "
+            f"{row['round_trip_failures']:>20}"
+        )
+
+
+def run_shards(arguments: argparse.Namespace) -> None:
+    """``monet-data shards``."""
+    from data_prep.shards import REJECTS_NAME, Preparation, ShardOptions
+    from data_prep.tokenizers import load_tokenizer
+
+    options = ShardOptions(arguments.tokens_per_shard, arguments.workers, arguments.max_bad_share)
+    recipe, tokenizer = read_recipe(arguments), load_tokenizer(arguments.tokenizer)
+    manifest = Preparation(recipe, tokenizer, arguments.out, options).run()
+    print(
+        f"{arguments.out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
+        f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
+    )
+    if manifest.rejected:
+        bad = sum(manifest.rejected.values())
+        print(f"  {bad:,} bad documents were left out: {arguments.out / REJECTS_NAME}")
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    """``monet-data verify``."""
+    from data_prep.verify import verify
+
+    manifest, problems = verify(arguments.folder)
+    if problems:
+        for problem in problems[:-1]:
+            print(f"bad: {problem}", file=sys.stderr)
+        raise UserError(problems[-1])
+    print(f"{arguments.folder}: {len(manifest.shards)} shards, {manifest.tokens:,} tokens: as the manifest says")
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """``monet-data info``."""
+    from data_prep.info import describe
+
+    for line in describe(arguments.folder, arguments.samples):
+        print(line)
+
+
+@one_line_errors
+def main() -> None:
+    """Entry point of ``monet-data``."""
+    arguments = build_parser().parse_args()
+    commands = {"tokenizer": run_tokenizer, "shards": run_shards, "verify": run_verify, "info": run_info}
+    commands[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Reading (compressed) files and writing files that are either whole or absent."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from monet_train.errors import UserError
+
+COMPRESSIONS = (".gz", ".zst", ".xz")
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is an fsspec address (s3://, gs://, memory://, ...) and no local file."""
+    return "://" in path
+
+
+def open_source(path: str) -> Any:
+    """Open a local file or an fsspec address for reading bytes, decompressed by its suffix.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        if is_remote(path):
+            import fsspec
+
+            raw: Any = fsspec.open(path, "rb").open()
+        else:
+            raw = Path(path).open("rb")  # noqa: SIM115 - the caller closes it
+        if path.endswith(".gz"):
+            return gzip.GzipFile(fileobj=raw)
+        if path.endswith(".xz"):
+            return lzma.LZMAFile(raw)
+        if path.endswith(".zst"):
+            import pyarrow
+
+            return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+        return raw
+    except (OSError, ImportError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str, error: BaseException) -> UserError:
+    """The one line for a source that cannot be (wholly) read."""
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, EOFError | lzma.LZMAError | zlib.error) or "runcated" in reason:
+        reason = f"cut short or damaged: {reason}"
+    return UserError(
+        f"source {path} cannot be read ({reason}): restore the file and run the same command again, "
+        "which goes on where it stopped"
+    )
+
+
+def suffix_of(path: str) -> str:
+    """The suffix that tells the format: ``corpus.jsonl.zst`` -> ``.jsonl``."""
+    name = path
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return Path(name).suffix.lower()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file (or a folder's list of names) is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync(path.parent)

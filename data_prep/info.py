@@ -1,0 +1,84 @@
+"""``monet-data info``: what is in a shard folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.tokenizers import load_tokenizer
+from monet_train.data.manifest import Manifest
+from monet_train.data.shards import read_index_header
+
+BAR = 40  # characters of the longest bar
+SAMPLE_CHARS = 160
+
+
+def describe(folder: Path, samples: int) -> Iterator[str]:
+    """The lines of the report: counts, labels, lengths, decoded samples.
+
+    Raises:
+        UserError: there is no readable manifest, or a shard is missing.
+    """
+    manifest = Manifest.read(folder)
+    for record in manifest.shards:
+        read_index_header(folder / record.name)
+    yield f"{folder}"
+    yield f"  fingerprint  {manifest.fingerprint}"
+    yield f"  tokenizer    {manifest.tokenizer.kind}, {manifest.tokenizer.vocabulary_size} pieces"
+    yield f"  shards       {len(manifest.shards)}, tokens stored as {manifest.dtype}"
+    yield f"  documents    {manifest.documents:,}"
+    yield f"  tokens       {manifest.tokens:,}"
+    yield f"  text         {manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.tokens:.2f} a token"
+    for name, reasons in (("filtered", manifest.filtered), ("rejected", manifest.rejected)):
+        if reasons:
+            yield f"  {name:<12} " + ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+    yield from _labels(manifest)
+    yield from _histogram(document_lengths(folder, manifest))
+    yield from _samples(folder, manifest, samples)
+
+
+def document_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
+    """Tokens of every document, int32 [documents]."""
+    from monet_train.data.megatron import IndexedDataset
+
+    datasets = [IndexedDataset(str(folder / record.name)) for record in manifest.shards]
+    return np.concatenate([dataset.sequence_lengths for dataset in datasets])
+
+
+def _labels(manifest: Manifest) -> Iterator[str]:
+    columns: dict[str, dict[str, list[int]]] = {}
+    for record in manifest.shards:
+        for column, values in record.labels.items():
+            for value, counts in values.items():
+                row = columns.setdefault(column, {}).setdefault(value, [0, 0, 0])
+                row[:] = [a + b for a, b in zip(row, counts, strict=True)]
+    for column, values in columns.items():
+        yield f"\n  {column:<24} {'documents':>12} {'tokens':>15} {'bytes/token':>12}"
+        for value, (documents, tokens, size) in sorted(values.items(), key=lambda item: -item[1][1]):
+            yield f"    {value:<22} {documents:>12,} {tokens:>15,} {size / tokens:>12.2f}"
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[str]:
+    yield "\n  tokens a document"
+    edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
+    counts = np.histogram(lengths, edges)[0]
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if count:
+            yield f"    {low:>9,} - {high - 1:<9,} {count:>12,} {'#' * int(np.ceil(BAR * count / counts.max()))}"
+
+
+def _samples(folder: Path, manifest: Manifest, samples: int) -> Iterator[str]:
+    from monet_train.data.megatron import IndexedDataset
+
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
+    borders = np.cumsum([0] + [record.documents for record in manifest.shards])
+    chosen = np.unique(np.linspace(0, manifest.documents - 1, samples).astype(np.int64))
+    for document in chosen:
+        number = int(np.searchsorted(borders, document, side="right")) - 1
+        record = manifest.shards[number]
+        dataset = IndexedDataset(str(folder / record.name))
+        local = int(document - borders[number])
+        text = tokenizer.decode(dataset[local][:SAMPLE_CHARS].tolist())[:SAMPLE_CHARS]
+        yield f"\n  document {document:,} ({record.name}, {dataset.sequence_lengths[local]:,} tokens)\n    {text!r}"

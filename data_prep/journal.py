@@ -1,0 +1,99 @@
+"""The state of an output folder: who may write it, what is finished, where to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from data_prep.files import sync, write_whole
+from monet_train.data.manifest import Position, ShardRecord, shard_from_json
+from monet_train.errors import UserError
+
+LOCK_NAME = ".lock"
+
+
+@dataclass
+class Totals:
+    """What was left out so far, and how long the rejects file is."""
+
+    rejected: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    rejects_bytes: int = 0
+
+
+class Journal:
+    """``progress.jsonl``: the recipe, then one line for every finished shard. Removed when the manifest stands."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.shards: list[ShardRecord] = []
+        self.totals = Totals()
+
+    @property
+    def end(self) -> Position:
+        """Where the next shard starts."""
+        return self.shards[-1].end if self.shards else Position(0, 0, 0)
+
+    def open(self, recipe: dict[str, Any]) -> None:
+        """Start the journal, or read the one that a stopped run of the same recipe left.
+
+        Raises:
+            UserError: another recipe is at work in the folder.
+        """
+        if not self.path.exists():
+            write_whole(self.path, (json.dumps({"recipe": recipe}) + "\n").encode())
+            return
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines or lines[0]["recipe"] != recipe:
+            raise other_recipe(self.path.parent, lines[0]["recipe"] if lines else {}, recipe)
+        if whole != data:
+            write_whole(self.path, whole)
+        for line in lines[1:]:
+            self.shards.append(shard_from_json(line["shard"]))
+            self.totals = Totals(**line["totals"])
+
+    def add(self, shard: ShardRecord) -> None:
+        """Record a finished shard, durably."""
+        self.shards.append(shard)
+        with self.path.open("ab") as stream:
+            stream.write((json.dumps({"shard": asdict(shard), "totals": asdict(self.totals)}) + "\n").encode())
+        sync(self.path)
+
+
+def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> UserError:
+    """The one line for a folder that belongs to another corpus; names what differs."""
+    differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    return UserError(
+        f"{folder} belongs to another corpus (differs in: {', '.join(differing)}): choose another --out, or remove "
+        "the folder"
+    )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
+    """Hold the folder against a second run.
+
+    Raises:
+        UserError: another run holds it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / name)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder} is being written by another run: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made or locked ({error.strerror}): choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,163 @@
+"""From sources to parts: files, groups of files and streams, in a fixed order."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.files import is_remote, suffix_of
+from data_prep.installed import installed_files
+from data_prep.recipe import Recipe, Source
+from monet_train.errors import UserError
+
+LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".text": "txt"}
+FILES_PART_BYTES = 64 << 20  # files of a folder are grouped into parts of about this size
+LANGUAGES = {
+    ".py": "python", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hpp": "cpp", ".cu": "cuda",
+    ".go": "go", ".rs": "rust", ".java": "java", ".kt": "kotlin", ".scala": "scala", ".js": "javascript",
+    ".jsx": "javascript", ".ts": "typescript", ".tsx": "typescript", ".php": "php", ".rb": "ruby", ".pl": "perl",
+    ".lua": "lua", ".r": "r", ".jl": "julia", ".hs": "haskell", ".ml": "ocaml", ".swift": "swift", ".cs": "csharp",
+    ".m": "matlab", ".f90": "fortran", ".sh": "shell", ".sql": "sql", ".html": "html", ".css": "css", ".tex": "tex",
+    ".md": "markdown", ".rst": "rst", ".txt": "text", ".yaml": "yaml", ".toml": "toml", ".cmake": "cmake",
+}  # fmt: skip
+FORMATS = "txt, jsonl or parquet, plain or with .gz, .zst or .xz"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file that is one document, and the labels that its place tells."""
+
+    path: str
+    labels: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A unit of reading: one data file, a group of whole-file documents, or one shard of a hub dataset."""
+
+    kind: str  # jsonl | parquet | txt | files | hub
+    source: Source
+    path: str = ""
+    size: int = 0  # bytes on disk; 0 if unknown
+    files: tuple[FileEntry, ...] = ()
+    stream: int = 0  # hub: number of the dataset's shard
+    streams: int = 1
+
+    def identity(self) -> list[Any]:
+        """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
+        if self.kind == "hub":
+            return [self.source.source, self.source.config, self.source.split, self.stream, self.streams]
+        return [Path(self.path).name, self.size, len(self.files)]
+
+
+def list_parts(recipe: Recipe) -> list[Part]:
+    """All parts of a recipe, in order: sources as given, files of a source by name.
+
+    Raises:
+        UserError: a source matches nothing or has no known format.
+    """
+    return [part for source in recipe.sources for part in _parts_of(source)]
+
+
+def _parts_of(source: Source) -> list[Part]:
+    name = source.source
+    if name == "python" and not Path(name).exists():
+        entries = [
+            FileEntry(
+                str(path), (("lang", "python" if domain == "code" else "en"), ("domain", domain), ("source", where))
+            )
+            for where, domain, path in installed_files()
+        ]
+        return _group(source, "installed python", entries)
+    if name.startswith("hf:"):
+        return _hub_parts(source)
+    if not is_remote(name) and Path(name).is_dir():
+        return _folder_parts(source, Path(name))
+    paths = _expand(name)
+    if not paths:
+        raise UserError(f"source {name} matches no file: check the path, or quote the pattern")
+    return [_file_part(source, path) for path in paths]
+
+
+def _expand(name: str) -> list[str]:
+    if is_remote(name):
+        import fsspec
+
+        try:
+            filesystem, pattern = fsspec.core.url_to_fs(name)
+            found = filesystem.glob(pattern) if glob.has_magic(pattern) else [pattern] * filesystem.exists(pattern)
+            return sorted(filesystem.unstrip_protocol(path) for path in found)
+        except (ImportError, OSError, ValueError) as error:
+            raise UserError(f"source {name} cannot be listed: {error}") from None
+    if Path(name).exists():
+        return [name]
+    found = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+    return sorted(path for path in found if Path(path).is_file())
+
+
+def _file_part(source: Source, path: str) -> Part:
+    kind = LINES.get(suffix_of(path))
+    if kind is None:
+        raise UserError(
+            f"source {path} has no known format: give {FORMATS}, a folder of source code, hf:NAME or python"
+        )
+    if is_remote(path):
+        import fsspec
+
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        return Part(kind, source, path, int(filesystem.size(inner) or 0))
+    return Part(kind, source, path, Path(path).stat().st_size)
+
+
+def _folder_parts(source: Source, folder: Path) -> list[Part]:
+    entries = []
+    for path in sorted(folder.rglob("*")):
+        language = LANGUAGES.get(path.suffix.lower())
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if language and not hidden and path.is_file():
+            labels = (("lang", language), ("domain", "code"), ("source", folder.resolve().name))
+            entries.append(FileEntry(str(path), labels))
+    if not entries:
+        raise UserError(
+            f"source {folder} is a folder without source code: for data files give a pattern, '{folder}/*.jsonl'"
+        )
+    return _group(source, str(folder), entries)
+
+
+def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
+    parts: list[Part] = []
+    group: list[FileEntry] = []
+    size = 0
+    for number, entry in enumerate(entries):
+        group.append(entry)
+        size += Path(entry.path).stat().st_size
+        if size >= FILES_PART_BYTES or number == len(entries) - 1:
+            parts.append(Part("files", source, name, size, tuple(group)))
+            group, size = [], 0
+    return parts
+
+
+def _hub_parts(source: Source) -> list[Part]:
+    streams = open_hub(source).num_shards
+    return [Part("hub", source, source.source, stream=i, streams=streams) for i in range(streams)]
+
+
+def open_hub(source: Source) -> Any:
+    """A Hugging Face dataset as a stream.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    import datasets
+
+    name = source.source.removeprefix("hf:")
+    try:
+        return datasets.load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
+    except Exception as error:  # the hub's clients raise dozens of kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"source {source.source}: the dataset cannot be opened ({reason}): check name, config, split, access "
+            "rights and the network"
+        ) from None

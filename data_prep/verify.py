@@ -1,0 +1,97 @@
+"""``monet-data verify``: is every byte of a shard folder what its manifest says?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep.files import sha256_file
+from data_prep.shards import REJECTS_NAME
+from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from monet_train.data.shards import Shard, read_index_header
+from monet_train.errors import UserError
+
+SCAN_TOKENS = 1 << 24  # read at once
+
+
+def verify(folder: Path) -> tuple[Manifest, list[str]]:
+    """Check a shard folder wholly.
+
+    Returns:
+        The manifest, and one line for each problem that names the shard and how to rebuild just that one.
+
+    Raises:
+        UserError: there is no readable manifest.
+    """
+    manifest = Manifest.read(folder)
+    problems = list(_check_folder(folder, manifest))
+    total = sum(record.files["bin"].bytes for record in manifest.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as progress:
+        for record in manifest.shards:
+            found = next(_check_shard(folder, record, manifest), None)
+            if found:
+                problems.append(
+                    f"{found}; rebuild it alone: delete {folder / record.name}.* and run the same "
+                    "`monet-data shards` command again"
+                )
+            progress.update(record.files["bin"].bytes)
+    return manifest, problems
+
+
+def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
+    tokenizer = folder / manifest.tokenizer.file
+    if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer.sha256:
+        yield f"{tokenizer} is missing or not the one that made the shards: copy it here again"
+    for name in ("documents", "tokens", "text_bytes"):
+        if getattr(manifest, name) != sum(getattr(record, name) for record in manifest.shards):
+            yield f"{folder / MANIFEST_NAME}: `{name}` is not the sum over its shards: prepare the corpus again"
+    for before, after in zip(manifest.shards, manifest.shards[1:], strict=False):
+        if before.end != after.start:
+            yield f"{folder / MANIFEST_NAME}: {after.name} does not start where {before.name} ends: prepare again"
+    known = {MANIFEST_NAME, REJECTS_NAME, manifest.tokenizer.file, "index-cache"}
+    known |= {f"{record.name}.{suffix}" for record in manifest.shards for suffix in record.files}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and path.suffix in (".bin", ".idx", ".tmp"):
+            yield f"{path} is not in the manifest: remove it"
+
+
+def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a shard; only the first finding matters."""
+    prefix = folder / record.name
+    for suffix, expected in record.files.items():
+        path = Path(f"{prefix}.{suffix}")
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != expected.bytes:
+            yield f"{path} has {path.stat().st_size} bytes instead of {expected.bytes}"
+        elif sha256_file(path) != expected.sha256:
+            yield f"{path} has another checksum than the manifest"
+    try:
+        header = read_index_header(prefix)
+    except UserError as error:
+        yield str(error)
+        return
+    if np.dtype(header.dtype).name != manifest.dtype or header.sequences != record.documents:
+        yield f"{prefix}.idx is not the index that the manifest describes"
+    yield from _check_tokens(Shard(prefix, header), record, manifest)
+
+
+def _check_tokens(shard: Shard, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+    from monet_train.data.megatron import IndexedDataset
+
+    dataset = IndexedDataset(str(shard.prefix))
+    lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
+    if lengths.sum() != record.tokens or lengths.min() < 1:
+        yield f"{shard.idx} has lengths that do not fit the tokens"
+        return
+    tokens = np.memmap(shard.bin, dtype=shard.header.dtype, mode="r")
+    for begin in range(0, len(tokens), SCAN_TOKENS):
+        block = tokens[begin : begin + SCAN_TOKENS]
+        if block.min() < 0 or block.max() >= manifest.tokenizer.vocabulary_size:
+            yield f"{shard.bin} has tokens outside the vocabulary of {manifest.tokenizer.vocabulary_size}"
+            return
+    if (tokens[np.cumsum(lengths) - 1] != manifest.tokenizer.eos_id).any():
+        yield f"{shard.bin} has documents that do not end with the end-of-text token {manifest.tokenizer.eos_id}"

@@ -1,0 +1,134 @@
+"""Which sequences a rank reads in which step, and reading them ahead of time.
+
+Step ``s`` (from 0) takes sequences ``[s*G, (s+1)*G)``. They are cut into micro-steps first and into ranks
+second: micro-step ``j`` of data rank ``r`` of ``D`` holds ``s*G + j*D*b + r*b + [0..b)``. So a micro-step
+holds the same sequences on every topology with the same ``D*b``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from monet_train.data.packing import Sequence
+from monet_train.errors import UserError
+
+
+class Batch(NamedTuple):
+    """``b`` sequences. ``segment_ids`` and ``positions`` are None unless data.reset_* asks for them."""
+
+    tokens: torch.Tensor  # int64 [b, S+1]
+    segment_ids: torch.Tensor | None  # int64 [b, S]
+    positions: torch.Tensor | None  # int64 [b, S]
+
+
+def micro_steps(global_batch_size: int, micro_batch_size: int, data_size: int) -> int:
+    """How many micro-steps make a step.
+
+    Raises:
+        UserError: the ranks cannot make the global batch.
+    """
+    together = micro_batch_size * data_size
+    if min(global_batch_size, together) < 1 or global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
+            f"{micro_batch_size} x {data_size} data ranks: nearest valid values "
+            f"{max(1, global_batch_size // max(1, together)) * together} and "
+            f"{(global_batch_size // max(1, together) + 1) * together}"
+        )
+    return global_batch_size // together
+
+
+def indices(
+    step: int, micro_step: int, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
+) -> range:
+    """The sequences of one micro-step on one data rank."""
+    first = step * global_batch_size + (micro_step * data_size + data_rank) * micro_batch_size
+    return range(first, first + micro_batch_size)
+
+
+def collate(sequences: list[Sequence]) -> Batch:
+    """Stack sequences along a new first axis."""
+    first = sequences[0]
+    return Batch(
+        torch.stack([sequence.tokens for sequence in sequences]),
+        None if first.segment_ids is None else torch.stack([s.segment_ids for s in sequences]),  # type: ignore[misc]
+        None if first.positions is None else torch.stack([s.positions for s in sequences]),  # type: ignore[misc]
+    )
+
+
+def micro_batches(
+    dataset: torch.utils.data.Dataset[Sequence],
+    *,
+    step: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+) -> Iterator[Batch]:
+    """The micro-batches of one step on one data rank, read as they are asked for."""
+    for micro_step in range(micro_steps(global_batch_size, micro_batch_size, data_size)):
+        where = indices(step, micro_step, global_batch_size, micro_batch_size, data_rank, data_size)
+        yield collate([dataset[i] for i in where])
+
+
+class MicroBatches:
+    """The same micro-batches, read ahead by a thread. Steps may be asked for in any order; going on is fast.
+
+    ``wait_seconds`` adds up the time that the caller waited for data.
+    """
+
+    def __init__(
+        self,
+        dataset: torch.utils.data.Dataset[Sequence],
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        ahead: int = 4,
+    ) -> None:
+        """``ahead``: micro-batches read in advance, at most.
+
+        Raises:
+            UserError: the ranks cannot make the global batch.
+        """
+        self.micro_steps = micro_steps(global_batch_size, micro_batch_size, data_size)
+        self.wait_seconds = 0.0
+        self._dataset = dataset
+        self._layout = (global_batch_size, micro_batch_size, data_rank, data_size)
+        self._ahead = ahead
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._queue: deque[tuple[int, Future[Batch]]] = deque()  # (micro-step of the run, its batch)
+
+    def of(self, step: int) -> Iterator[Batch]:
+        """The micro-batches of ``step``, in order."""
+        for number in range(step * self.micro_steps, (step + 1) * self.micro_steps):
+            yield self._take(number)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._queue.clear()
+
+    def _take(self, number: int) -> Batch:
+        started = time.perf_counter()
+        if self._queue and self._queue[0][0] != number:
+            for _, future in self._queue:
+                future.cancel()
+            self._queue.clear()
+        following = self._queue[-1][0] + 1 if self._queue else number
+        for later in range(following, number + self._ahead + 1):
+            self._queue.append((later, self._thread.submit(self._read, later)))
+        batch = self._queue.popleft()[1].result()
+        self.wait_seconds += time.perf_counter() - started
+        return batch
+
+    def _read(self, number: int) -> Batch:
+        step, micro_step = divmod(number, self.micro_steps)
+        return collate([self._dataset[i] for i in indices(step, micro_step, *self._layout)])

@@ -1,0 +1,275 @@
+"""What the trainer reads: the training and the held-out sequences of one or several shard sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from monet_train.data.megatron import helpers
+from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Sequence
+from monet_train.data.shards import Shard, ShardSet, check_vocabulary, data_paths, find_shards
+from monet_train.errors import UserError
+
+if TYPE_CHECKING:
+    from monet_train.config import DataConfig
+
+BLEND_PERIOD = 1 << 16  # weights are kept to 1/65536
+SPLIT_BLOCK = 1 << 20  # documents hashed at once
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and held-out sequences, and what identifies them.
+
+    Item ``i`` of ``train`` and ``valid`` is a :class:`Sequence` of ``seq_length + 1`` tokens and a pure
+    function of (identity, i); any non-negative index may be read. ``len(train)`` is the number that was asked
+    for, ``len(valid)`` at most one epoch of the held-out documents.
+    """
+
+    train: torch.utils.data.Dataset[Sequence]
+    valid: torch.utils.data.Dataset[Sequence] | None
+    identity: dict[str, Any]  # what decides the order of sequences, by name
+    vocab_size: int  # of the tokenizer; of the model where the shards do not tell
+    tokenizer_file: Path | None
+    train_tokens: int  # in one epoch
+    documents: int  # training and held-out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of ``identity``. It does not depend on the length of the run."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def check_shards(config: DataConfig, vocab_size: int) -> None:
+    """Check all shards against their index, their manifest and the model's vocabulary, without reading them.
+
+    Needs no process group and takes a moment whatever the size of the corpus.
+
+    Raises:
+        UserError: one line that names the file and the remedy.
+    """
+    _open_sets(config, vocab_size)
+
+
+def open_corpus(
+    config: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    vocab_size: int,
+    train_sequences: int,
+    valid_sequences: int,
+    cache_dir: Path,
+) -> Corpus:
+    """Open the shards of ``config.path``. No collective operation: every rank may call it, or one alone.
+
+    Without ``config.weights`` the documents of all paths are one pool, shuffled together: each is read once an
+    epoch. With weights each path has epochs of its own and sequence ``i`` is taken from the paths in turn.
+
+    Args:
+        seq_length: input tokens of a sequence.
+        vocab_size: the model's.
+        train_sequences: the length to give ``train``; does not change the order.
+        valid_sequences: how many held-out sequences are wanted at most; 0 for none.
+        cache_dir: for the index cache if neither ``config.cache_dir`` is set nor the shard folder writable.
+
+    Raises:
+        UserError: as ``check_shards``, or the corpus is too small for one sequence.
+    """
+    sets = _open_sets(config, vocab_size)
+    pools = [[shard_set] for shard_set in sets] if config.weights else [sets]
+    cache = IndexCache(_cache_folder(config, sets[0], cache_dir))
+    splits = [_Split(pool, vocab_size, config.validation_fraction, cache) for pool in pools]
+
+    def packed(number: int, held_out: bool, length: int) -> PackedSequences:
+        split = splits[number]
+        tokens = split.facts["valid_tokens" if held_out else "train_tokens"]
+        if tokens <= seq_length:
+            where = ", ".join(str(shard_set.path) for shard_set in pools[number])
+            raise UserError(
+                f"data.path {where}: {'held out' if held_out else 'for training'} are {tokens} tokens, a sequence "
+                f"needs {seq_length + 1}: "
+                + ("raise data.validation_fraction, set it to 0" if held_out else "add text")
+                + ", or lower train.seq_length"
+            )
+        return PackedSequences(
+            split.store,
+            lambda: split.documents(held_out),
+            tokens=tokens,
+            seq_length=seq_length,
+            # Component 0 keeps the run's seed; held-out sequences have one fixed order.
+            seed=0 if held_out else seed + 1_000_003 * number,
+            length=length,
+            reset_attention=config.reset_attention,
+            reset_positions=config.reset_positions,
+            cache=cache,
+            identity=f"{split.identity} {'valid' if held_out else 'train'}",
+        )
+
+    def dataset(held_out: bool, length: int) -> torch.utils.data.Dataset[Sequence]:
+        parts = [packed(number, held_out, length) for number in range(len(pools))]
+        if held_out:
+            length = min(length, sum(part.per_epoch for part in parts))
+        if len(parts) == 1 and not held_out:
+            return parts[0]
+        weights = [float(part.per_epoch) for part in parts] if held_out else list(config.weights or [1.0])
+        return Blend(parts, weights, length)
+
+    manifests = [shard_set.manifest for shard_set in sets if shard_set.manifest]
+    return Corpus(
+        train=dataset(False, train_sequences),
+        valid=dataset(True, valid_sequences) if config.validation_fraction and valid_sequences else None,
+        identity={
+            "shards": [shard_set.fingerprint for shard_set in sets],
+            "weights": [float(weight) for weight in config.weights] if config.weights else None,
+            "validation_fraction": config.validation_fraction,
+            "seq_length": seq_length,
+            "seed": seed,
+            "reset_attention": config.reset_attention,
+            "reset_positions": config.reset_positions,
+        },
+        vocab_size=max([manifest.tokenizer.vocabulary_size for manifest in manifests], default=vocab_size),
+        tokenizer_file=next((s.tokenizer_file for s in sets if s.tokenizer_file), None),
+        train_tokens=sum(split.facts["train_tokens"] for split in splits),
+        documents=sum(split.facts["documents"] for split in splits),
+    )
+
+
+class Blend(torch.utils.data.Dataset[Sequence]):
+    """Sequences of several datasets in the ratio of ``weights``, spread evenly (Megatron's blending, periodic)."""
+
+    def __init__(self, parts: list[PackedSequences], weights: list[float], length: int) -> None:
+        self.parts = parts
+        self._length = length
+        self._shares = _shares(weights)
+        self._part = np.zeros(BLEND_PERIOD, dtype=np.int16)
+        self._index = np.zeros(BLEND_PERIOD, dtype=np.int64)
+        helpers.build_exhaustive_blending_indices(self._part, self._index, self._shares, len(parts))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sequence:
+        period, place = divmod(int(index), BLEND_PERIOD)
+        part = int(self._part[place])
+        return self.parts[part][int(period * self._shares[part] + self._index[place])]
+
+
+def _shares(weights: list[float]) -> np.ndarray:
+    """Whole numbers in the ratio of the weights that add up to BLEND_PERIOD (largest remainders), int64 [n]."""
+    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * BLEND_PERIOD
+    shares = np.maximum(np.floor(exact), 1).astype(np.int64)
+    for number in np.argsort(np.floor(exact) - exact, kind="stable"):
+        if shares.sum() >= BLEND_PERIOD:
+            break
+        shares[number] += 1
+    shares[np.argmax(shares)] -= shares.sum() - BLEND_PERIOD
+    return shares
+
+
+class _Split:
+    """The documents of a pool of shard sets, divided into training and held-out ones.
+
+    A document is held out if a hash of its number falls below the fraction: no document is in both, the
+    choice depends on nothing but the number, and it is spread evenly over a sorted corpus.
+    """
+
+    def __init__(self, pool: list[ShardSet], vocab_size: int, fraction: float, cache: IndexCache) -> None:
+        shards: tuple[Shard, ...] = tuple(shard for shard_set in pool for shard in shard_set.shards)
+        self.store = DocumentStore(shards, vocab_size)
+        self.identity = " ".join([*(shard_set.fingerprint for shard_set in pool), str(fraction)])
+        self._fraction = fraction
+        self._whole = sum(s.header.documents for s in shards) == len(self.store)
+        if len(self.store) == 0:
+            raise UserError(f"data.path: the shards in {pool[0].path} hold no document: prepare some text first")
+        small = len(self.store) < CACHE_FROM_DOCUMENTS
+        self.facts: dict[str, int] = self._count() if small else cache.load_facts(f"{self.identity} split", self._count)
+
+    def documents(self, held_out: bool) -> np.ndarray:
+        """Numbers of the training or the held-out documents, int64, ascending."""
+        return np.flatnonzero(self._held_out() == held_out)
+
+    def _held_out(self) -> np.ndarray:
+        if self._whole:
+            return held_out_mask(len(self.store), self._fraction)
+        owners = self.store.units()
+        return held_out_mask(int(owners[-1]) + 1, self._fraction)[owners]
+
+    def _count(self) -> dict[str, int]:
+        lengths, held_out = self.store.lengths(), self._held_out()
+        valid = int(lengths[held_out].sum(dtype=np.int64))
+        return {
+            "train_tokens": int(lengths.sum(dtype=np.int64)) - valid,
+            "valid_tokens": valid,
+            "documents": sum(shard.header.documents for shard in self.store.shards),
+        }
+
+
+def held_out_mask(documents: int, fraction: float) -> np.ndarray:
+    """Which of ``documents`` documents are held out, bool [documents]; at least one if any are asked for."""
+    mask = np.zeros(documents, dtype=bool)
+    if fraction <= 0:
+        return mask
+    threshold = np.uint64(min(fraction, 1.0) * (2**64 - 2**11))
+    for begin in range(0, documents, SPLIT_BLOCK):
+        numbers = np.arange(begin, min(begin + SPLIT_BLOCK, documents), dtype=np.uint64)
+        mask[begin : begin + SPLIT_BLOCK] = _mix(numbers) < threshold
+    if not mask.any():
+        mask[np.argmin(_mix(np.arange(documents, dtype=np.uint64)))] = True
+    return mask
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64: neighbouring numbers to unrelated ones, uint64."""
+    z = numbers + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
+    if not 0 <= config.validation_fraction < 1:
+        raise UserError(
+            f"data.validation_fraction={config.validation_fraction} is no share: give a number from 0 to below 1"
+        )
+    paths = data_paths(config.path)
+    if config.weights is not None:
+        if len(config.weights) != len(paths):
+            raise UserError(
+                f"data.weights has {len(config.weights)} numbers for {len(paths)} paths in data.path: "
+                "give one a path, or data.weights=null"
+            )
+        if any(not 0 < weight < float("inf") for weight in config.weights):
+            raise UserError("data.weights must be positive numbers: leave out the paths that should not be read")
+    sets = [find_shards(path) for path in paths]
+    for shard_set in sets:
+        check_vocabulary(shard_set, vocab_size)
+        if not any(shard.header.bin_bytes for shard in shard_set.shards):
+            raise UserError(
+                f"data.path: {shard_set.path} holds no document: prepare some text with `monet-data shards`"
+            )
+    hashes: dict[str, Path] = {}
+    for shard_set in sets:
+        if shard_set.manifest:
+            hashes.setdefault(shard_set.manifest.tokenizer.sha256, shard_set.path)
+    if len(hashes) > 1:
+        raise UserError(
+            f"data.path: {' and '.join(str(path) for path in hashes.values())} were made with different tokenizers: "
+            "make them again with one tokenizer"
+        )
+    return sets
+
+
+def _cache_folder(config: DataConfig, first: ShardSet, fallback: Path) -> Path:
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    folder = first.path if first.path.is_dir() else first.path.parent
+    return folder / "index-cache" if os.access(folder, os.W_OK) else fallback

@@ -1,0 +1,133 @@
+"""``manifest.json``: what a shard folder says about itself. Written by ``monet-data``, read by the trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from monet_train.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "monet-shards/1"
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the shards; ``file`` lies beside them."""
+
+    file: str
+    kind: str  # sentencepiece | huggingface
+    sha256: str
+    vocabulary_size: int
+    eos_id: int
+    bos_id: int | None
+    unk_id: int | None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and checksum of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the stream of source documents: where a shard starts or ends."""
+
+    part: int  # number of the source part (file or stream)
+    chunk: int  # number of the chunk in the part
+    document: int  # number of the kept document in the chunk
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One ``.bin``/``.idx`` pair (with its labels) and what is in it."""
+
+    name: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    start: Position
+    end: Position
+    files: dict[str, FileRecord]  # by suffix: bin, idx, labels.parquet
+    labels: dict[str, dict[str, list[int]]]  # column -> value -> [documents, tokens, bytes of text]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder. Holds no time and no machine path, so equal work gives equal bytes."""
+
+    tokenizer: TokenizerRecord
+    dtype: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    filtered: dict[str, int]  # documents left out on purpose, by reason
+    rejected: dict[str, int]  # bad documents, by reason; listed in rejects.jsonl
+    recipe: dict[str, Any]  # what was asked for
+    shards: list[ShardRecord] = field(default_factory=list)
+    format: str = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of tokens and their order: equal for equal shard contents, whatever the folder is called."""
+        identity = [self.tokenizer.sha256, self.dtype]
+        for shard in self.shards:
+            identity += [shard.files["bin"].sha256, shard.files["idx"].sha256]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``folder/manifest.json``.
+
+        Raises:
+            UserError: the file is absent, no JSON, of another format, or lacks a field.
+        """
+        path = folder / MANIFEST_NAME
+        remedy = "make the shards again with `monet-data shards`, or restore the file"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: {remedy}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise UserError(f"{path} is no manifest of format {FORMAT}: {remedy}")
+        stored = values.pop("fingerprint", None)
+        try:
+            manifest = cls(
+                **{
+                    **values,
+                    "tokenizer": TokenizerRecord(**values["tokenizer"]),
+                    "shards": [shard_from_json(shard) for shard in values["shards"]],
+                }
+            )
+            fingerprint = manifest.fingerprint
+        except KeyError as error:
+            raise UserError(f"{path} lacks the field {error}: {remedy}") from None
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{path} has a wrong field ({error}): {remedy}") from None
+        if stored != fingerprint:
+            raise UserError(f"{path} was changed by hand: its fingerprint does not fit its shards: {remedy}")
+        return manifest
+
+
+def shard_from_json(values: dict[str, Any]) -> ShardRecord:
+    """A shard's record from its JSON form (inverse of ``dataclasses.asdict``)."""
+    return ShardRecord(
+        **{
+            **values,
+            "start": Position(**values["start"]),
+            "end": Position(**values["end"]),
+            "files": {suffix: FileRecord(**record) for suffix, record in values["files"].items()},
+        }
+    )

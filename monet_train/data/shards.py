@@ -1,0 +1,194 @@
+"""Finding and checking ``.bin``/``.idx`` pairs, cheaply and before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monet_train.data.manifest import MANIFEST_NAME, Manifest
+from monet_train.errors import UserError
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype code 1, sequence count 8, document count 8
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # Megatron's DType codes
+SCAN_BYTES = 32 << 20  # how much of a shard without manifest is searched for tokens that are too large
+REBUILD = "run the same `monet-data shards` command again to rebuild it"
+
+
+class IndexHeader(NamedTuple):
+    """What an ``.idx`` file says about its ``.bin``."""
+
+    dtype: Any
+    sequences: int
+    documents: int
+    bin_bytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One ``.bin``/``.idx`` pair, found and measured."""
+
+    prefix: Path
+    header: IndexHeader
+
+    @property
+    def bin(self) -> Path:
+        """The tokens."""
+        return Path(f"{self.prefix}.bin")
+
+    @property
+    def idx(self) -> Path:
+        """The index."""
+        return Path(f"{self.prefix}.idx")
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one path, in order. ``manifest`` is None for shards of Megatron's own tools."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    manifest: Manifest | None
+    fingerprint: str
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer beside the shards, if they tell."""
+        return self.path / self.manifest.tokenizer.file if self.manifest else None
+
+
+def read_index_header(prefix: Path) -> IndexHeader:
+    """Read and check the header of ``prefix.idx`` against both files' sizes, without reading their contents.
+
+    Raises:
+        UserError: a file of the pair is missing, is no index, or is shorter or longer than it says.
+    """
+    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (bin_, idx):
+        if not path.is_file():
+            raise UserError(f"shard file {path} is missing: {REBUILD}, or correct data.path")
+    with idx.open("rb") as stream:
+        head = stream.read(INDEX_HEADER_BYTES)
+        if len(head) < INDEX_HEADER_BYTES or not head.startswith(INDEX_MAGIC):
+            raise UserError(f"{idx} is no Megatron index: {REBUILD}, or correct data.path")
+        version, code, sequences, documents = struct.unpack("<QBQQ", head[len(INDEX_MAGIC) :])
+        if version != 1 or code not in DTYPES:
+            raise UserError(f"{idx} has version {version} and type code {code}, which cannot be read: {REBUILD}")
+        dtype = DTYPES[code]
+        lengths, pointers = INDEX_HEADER_BYTES, INDEX_HEADER_BYTES + 4 * sequences
+        expected = pointers + 8 * sequences + 8 * documents
+        # A multimodal index has one more byte a sequence.
+        if idx.stat().st_size not in (expected, expected + sequences):
+            raise UserError(f"{idx} has {idx.stat().st_size} bytes instead of {expected} (truncated?): {REBUILD}")
+        bin_bytes = 0
+        if sequences:
+            stream.seek(lengths + 4 * (sequences - 1))
+            (length,) = struct.unpack("<i", stream.read(4))
+            stream.seek(pointers + 8 * (sequences - 1))
+            (pointer,) = struct.unpack("<q", stream.read(8))
+            bin_bytes = pointer + length * np.dtype(dtype).itemsize
+    if bin_.stat().st_size != bin_bytes:
+        raise UserError(
+            f"{bin_} has {bin_.stat().st_size} bytes, its index {idx.name} says {bin_bytes} "
+            f"(truncated, or an index from elsewhere): {REBUILD}"
+        )
+    return IndexHeader(dtype, sequences, documents - 1, bin_bytes)
+
+
+def find_shards(path: Path) -> ShardSet:
+    """Resolve a ``data.path`` entry: a shard folder, or the common prefix of one ``.bin``/``.idx`` pair.
+
+    Raises:
+        UserError: nothing there, the preparation is unfinished, or a shard is missing or truncated.
+    """
+    if not path.is_dir():
+        prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+        if not Path(f"{prefix}.idx").exists() and not Path(f"{prefix}.bin").exists():
+            raise UserError(f"data.path: no shards at {path}: make them with `monet-data shards ... --out {path}`")
+        return _without_manifest(prefix, [prefix])
+    if (path / MANIFEST_NAME).exists():
+        manifest = Manifest.read(path)
+        shards = []
+        for record in manifest.shards:
+            shard = Shard(path / record.name, read_index_header(path / record.name))
+            for suffix, size in (("bin", shard.header.bin_bytes), ("idx", shard.idx.stat().st_size)):
+                if record.files[suffix].bytes != size:
+                    raise UserError(
+                        f"{shard.prefix}.{suffix} has {size} bytes, {MANIFEST_NAME} says "
+                        f"{record.files[suffix].bytes}: delete {shard.prefix}.* and {REBUILD}"
+                    )
+            shards.append(shard)
+        return ShardSet(path, tuple(shards), manifest, manifest.fingerprint)
+    if (path / "progress.jsonl").exists():
+        raise UserError(f"data.path: {path} is unfinished: run the same `monet-data shards` command again")
+    prefixes = sorted(file.with_suffix("") for file in path.glob("*.idx"))
+    if not prefixes:
+        raise UserError(f"data.path: no shards in {path}: make them with `monet-data shards ... --out {path}`")
+    return _without_manifest(path, prefixes)
+
+
+def _without_manifest(path: Path, prefixes: Sequence[Path]) -> ShardSet:
+    shards = tuple(Shard(prefix, read_index_header(prefix)) for prefix in prefixes)
+    digest = hashlib.sha256()
+    for shard in shards:
+        digest.update(f"{shard.header.bin_bytes} {shard.header.sequences} {shard.header.documents}".encode())
+        for file in (shard.idx, shard.bin):
+            _hash_ends(file, digest)
+    return ShardSet(path, shards, None, digest.hexdigest())
+
+
+def _hash_ends(path: Path, digest: Any, span: int = 1 << 20) -> None:
+    """Hash the first and the last MiB: without a manifest, whole files would take minutes at every start."""
+    with path.open("rb") as stream:
+        digest.update(stream.read(span))
+        stream.seek(max(0, path.stat().st_size - span))
+        digest.update(stream.read(span))
+
+
+def data_paths(path: Any) -> list[Path]:
+    """``data.path`` as a list of paths.
+
+    Raises:
+        UserError: it is empty or neither a path nor a list of paths.
+    """
+    entries = [path] if isinstance(path, str | Path) else path
+    try:
+        paths = [Path(entry) for entry in entries]
+    except TypeError:
+        raise UserError(f"data.path={path!r}: give a shard folder, a shard prefix or a list of them") from None
+    if not paths or str(path) == "???":
+        raise UserError("data.path is not set: give a folder made by `monet-data shards`, data.path=FOLDER")
+    return paths
+
+
+def check_vocabulary(shard_set: ShardSet, vocab_size: int) -> None:
+    """Refuse shards whose tokens do not fit a model of ``vocab_size``.
+
+    With a manifest the tokenizer's vocabulary is compared; without one the head of each shard is searched
+    (the rest is checked as it is read).
+
+    Raises:
+        UserError: a token is, or may be, outside the model's vocabulary.
+    """
+    if shard_set.manifest:
+        size = shard_set.manifest.tokenizer.vocabulary_size
+        if size > vocab_size:
+            raise UserError(
+                f"{shard_set.path}: its tokenizer has {size} pieces, the model's vocabulary only {vocab_size}: "
+                f"set model.vocab_size={size}, or use shards made with the model's tokenizer"
+            )
+        return
+    for shard in shard_set.shards:
+        count = min(shard.header.bin_bytes, SCAN_BYTES) // np.dtype(shard.header.dtype).itemsize
+        tokens = np.fromfile(shard.bin, dtype=shard.header.dtype, count=count)
+        if count and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise UserError(
+                f"{shard.bin} has tokens from {tokens.min()} to {tokens.max()}, the model's vocabulary is "
+                f"{vocab_size}: set model.vocab_size to the tokenizer's, or use shards made with the model's tokenizer"
+            )

@@ -1,0 +1,274 @@
+"""What the trainer reads: order, packing, split, blends, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from monet_train.config import DataConfig
+from monet_train.data import packing
+from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
+from monet_train.data.manifest import Manifest
+from monet_train.data.megatron import IndexedDataset
+from monet_train.errors import UserError
+from tests.data.conftest import write_megatron
+
+S = 64
+
+
+def open_(path: object, tmp_path: Path, **changes: object) -> Corpus:
+    arguments = {"seq_length": S, "seed": 7, "vocab_size": 400, "train_sequences": 50, "valid_sequences": 8}
+    arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
+    config = dataclasses.replace(DataConfig(path=path, validation_fraction=0.1), **changes)
+    return open_corpus(config, cache_dir=tmp_path / "cache", **arguments)
+
+
+def tokens_of(dataset: torch.utils.data.Dataset, count: int) -> torch.Tensor:
+    return torch.stack([dataset[i].tokens for i in range(count)])
+
+
+@pytest.fixture
+def one_shard(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    return write_megatron(
+        tmp_path / "megatron", [[random.integers(3, 400, random.integers(5, 200)).tolist()] for _ in range(200)]
+    )
+
+
+def test_an_epoch_is_what_gptdataset_builds(one_shard: Path, tmp_path: Path) -> None:
+    corpus = open_(one_shard, tmp_path, validation_fraction=0.0)
+    tokenizer = SimpleNamespace(vocab_size=400, eod=2, unique_identifiers={})
+    config = GPTDatasetConfig(
+        random_seed=7, sequence_length=S, split="1", blend=([str(one_shard)], None), tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "gpt"), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    reference = GPTDataset(
+        IndexedDataset(str(one_shard)), str(one_shard), np.arange(200, dtype=np.int32), None, Split.train, config
+    )
+    assert len(reference) == corpus.train.per_epoch > 100
+    for i in range(len(reference)):
+        assert torch.equal(corpus.train[i].tokens[:-1], reference[i]["tokens"])
+        assert torch.equal(corpus.train[i].tokens[1:], reference[i]["labels"])
+
+
+def test_gptdataset_itself_reorders_a_longer_run(one_shard: Path, tmp_path: Path) -> None:
+    """Why there is a reader of our own over the same files (docs/data.md)."""
+    tokenizer = SimpleNamespace(vocab_size=400, eod=2, unique_identifiers={})
+    config = GPTDatasetConfig(
+        random_seed=7, sequence_length=S, split="1", blend=([str(one_shard)], None), tokenizer=tokenizer,
+        path_to_cache=str(tmp_path / "gpt"), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False,
+    )  # fmt: skip
+    ids = np.arange(200, dtype=np.int32)
+    short, long = (
+        GPTDataset(IndexedDataset(str(one_shard)), str(one_shard), ids, count, Split.train, config)
+        for count in (100, 1000)
+    )
+    assert not torch.equal(short[0]["tokens"], long[0]["tokens"])
+
+
+def test_sequences_do_not_depend_on_the_length_of_the_run(shards: Path, tmp_path: Path) -> None:
+    short = open_(shards, tmp_path, train_sequences=10)
+    long = open_(shards, tmp_path, train_sequences=100_000)
+    assert (len(short.train), len(long.train)) == (10, 100_000)
+    count = 3 * short.train.per_epoch
+    assert torch.equal(tokens_of(short.train, count), tokens_of(long.train, count))
+    assert short.fingerprint == long.fingerprint
+
+
+def test_every_epoch_reads_every_token_once_in_another_order(shards: Path, tmp_path: Path) -> None:
+    corpus = open_(shards, tmp_path, validation_fraction=0.0)
+    n = corpus.train.per_epoch
+    whole = np.sort(np.concatenate([np.array(p) for p in map(all_tokens, sorted(shards.glob("*.bin")))]))
+    assert corpus.train_tokens == len(whole)
+    epochs = [torch.stack([corpus.train[e * n + i].tokens for i in range(n)]) for e in range(2)]
+    for epoch in epochs:
+        assert epoch.shape == (n, S + 1)
+        seen = np.bincount(epoch[:, :-1].flatten().numpy(), minlength=400)
+        missing = np.bincount(whole, minlength=400) - seen
+        assert (missing >= 0).all() and 1 <= missing.sum() <= S
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def all_tokens(path: Path) -> np.ndarray:
+    return np.fromfile(path, dtype=np.uint16)
+
+
+def test_the_order_does_not_depend_on_how_shards_are_cut(prepare, shards: Path, tmp_path: Path) -> None:
+    other = prepare(tmp_path / "other", tokens_per_shard=1_000_000)
+    assert len(list(other.glob("*.bin"))) == 1 < len(list(shards.glob("*.bin")))
+    a, b = (open_(path, tmp_path) for path in (shards, other))
+    assert torch.equal(tokens_of(a.train, 40), tokens_of(b.train, 40))
+
+
+def test_seed_and_settings_decide_order_and_fingerprint(shards: Path, tmp_path: Path) -> None:
+    base = open_(shards, tmp_path)
+    assert torch.equal(tokens_of(base.train, 20), tokens_of(open_(shards, tmp_path).train, 20))
+    other = open_(shards, tmp_path, seed=8)
+    assert not torch.equal(tokens_of(base.train, 20), tokens_of(other.train, 20))
+    assert torch.equal(tokens_of(base.valid, 8), tokens_of(other.valid, 8)), "held-out sequences stay"
+    prints = {
+        open_(shards, tmp_path, **change).fingerprint
+        for change in ({}, {"seed": 8}, {"seq_length": 32}, {"validation_fraction": 0.2}, {"reset_attention": True})
+    }
+    assert len(prints) == 5
+
+
+def test_the_fingerprint_belongs_to_the_contents(shards: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(shards, tmp_path / "elsewhere")
+    assert open_(copy, tmp_path).fingerprint == open_(shards, tmp_path).fingerprint
+
+
+def test_no_document_is_both_trained_and_held_out(tmp_path: Path) -> None:
+    """Document d consists of the token d; Megatron's documents of several sequences stay whole."""
+    documents = [[[3 + d] * 40, [3 + d] * (1 + d % 30)] for d in range(300)]
+    prefix = write_megatron(tmp_path / "numbered", documents)
+    corpus = open_(prefix, tmp_path, valid_sequences=10_000)
+    train = tokens_of(corpus.train, corpus.train.per_epoch).unique()
+    valid = tokens_of(corpus.valid, len(corpus.valid)).unique()
+    assert not set(train.tolist()) & set(valid.tolist())
+    assert len(train) + len(valid) >= 298 and 10 < len(valid) < 60
+    assert corpus.documents == 300
+
+
+def test_the_held_out_share_is_close_and_spread() -> None:
+    mask = held_out_mask(100_000, 0.01)
+    assert 900 < mask.sum() < 1100
+    assert all(part.sum() > 60 for part in np.split(mask, 10))
+    assert held_out_mask(20, 0.001).sum() == 1 and not held_out_mask(20, 0.0).any()
+
+
+def test_borders_for_reset_are_those_of_the_documents(tmp_path: Path) -> None:
+    documents = [[[3 + d] * (1 + d % 90)] for d in range(300)]
+    prefix = write_megatron(tmp_path / "numbered", documents)
+    corpus = open_(prefix, tmp_path, reset_attention=True, reset_positions=True, validation_fraction=0.0)
+    borders = 0
+    for i in range(corpus.train.per_epoch):
+        tokens, segments, positions = corpus.train[i]
+        assert tokens.shape == (S + 1,) and segments.shape == positions.shape == (S,)
+        starts = torch.cat([torch.tensor([True]), tokens[1:-1] != tokens[:-2]])
+        assert torch.equal(segments, starts.cumsum(0) - 1)
+        assert torch.equal(positions == 0, starts)
+        assert torch.equal(torch.diff(positions)[~starts[1:]], torch.ones_like(torch.diff(positions)[~starts[1:]]))
+        borders += int(starts.sum()) - 1
+    assert borders > 50
+    plain = open_(prefix, tmp_path, validation_fraction=0.0)
+    assert plain.train[0].segment_ids is None and plain.train[0].positions is None
+
+
+def test_a_blend_keeps_its_weights_and_the_order_of_its_parts(tmp_path: Path) -> None:
+    a = write_megatron(tmp_path / "a", [[[10] * 50] for _ in range(100)])
+    b = write_megatron(tmp_path / "b", [[[20] * 50] for _ in range(100)])
+    blend = open_([str(a), str(b)], tmp_path, weights=[3.0, 1.0])
+    kinds = torch.tensor([int(blend.train[i].tokens[0]) for i in range(1000)])
+    for window in kinds.split(100):
+        assert abs(int((window == 10).sum()) - 75) <= 1
+    pool = open_([str(a), str(b)], tmp_path)
+    share = np.mean([float((pool.train[i].tokens == 10).float().mean()) for i in range(100)])
+    assert 0.4 < share < 0.6
+    assert blend.train_tokens == pool.train_tokens or abs(blend.train_tokens - pool.train_tokens) < 2000
+
+
+def test_a_big_index_is_cached_once_and_read_as_built(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = tokens_of(open_(shards, tmp_path).train, 30)
+    monkeypatch.setattr(packing, "CACHE_FROM_DOCUMENTS", 1)
+    monkeypatch.setattr("monet_train.data.corpus.CACHE_FROM_DOCUMENTS", 1)
+    cache = str(tmp_path / "index")
+    assert torch.equal(tokens_of(open_(shards, tmp_path, cache_dir=cache).train, 30), wanted)
+    monkeypatch.setattr(packing, "build_epoch", lambda *_: pytest.fail("built again"))
+    assert torch.equal(tokens_of(open_(shards, tmp_path, cache_dir=cache).train, 30), wanted)
+    assert not list(Path(cache).glob("*.tmp"))
+
+
+def test_facts_of_the_corpus(shards: Path, tmp_path: Path) -> None:
+    corpus = open_(shards, tmp_path)
+    manifest = Manifest.read(shards)
+    assert corpus.documents == manifest.documents == 300
+    assert corpus.vocab_size == 400
+    assert corpus.tokenizer_file == shards / "tokenizer.model"
+    assert 0.8 * manifest.tokens < corpus.train_tokens < manifest.tokens
+    assert open_(shards, tmp_path, valid_sequences=0).valid is None
+    assert open_(shards, tmp_path, validation_fraction=0.0).valid is None
+
+
+def broken(shards: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(shards, tmp_path / "broken")
+
+
+def refused(path: object, words: str, vocab_size: int = 400, **changes: object) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        check_shards(dataclasses.replace(DataConfig(path=path), **changes), vocab_size)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_that_is_too_small_is_refused(shards: Path, one_shard: Path) -> None:
+    check_shards(DataConfig(path=str(shards)), 400)
+    refused(str(shards), "400 pieces.*only 300: set model.vocab_size=400", vocab_size=300)
+    check_shards(DataConfig(path=str(one_shard)), 400)
+    refused(str(one_shard), "tokens from 3 to 399", vocab_size=399)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_missing_and_truncated_shards_are_refused(shards: Path, tmp_path: Path, suffix: str) -> None:
+    folder = broken(shards, tmp_path)
+    file = folder / f"shard-00001.{suffix}"
+    file.write_bytes(file.read_bytes()[:-2])
+    refused(str(folder), rf"shard-00001.{suffix} has .* bytes")
+    file.unlink()
+    refused(str(folder), rf"shard-00001.{suffix} is missing")
+
+
+def test_an_index_from_elsewhere_is_refused(shards: Path, tmp_path: Path) -> None:
+    folder = broken(shards, tmp_path)
+    (folder / "shard-00000.idx").write_bytes((folder / "shard-00001.idx").read_bytes())
+    refused(str(folder), "shard-00000.bin has .*, its index shard-00000.idx says")
+    (folder / "shard-00000.idx").write_bytes(b"no index at all" * 10)
+    refused(str(folder), "shard-00000.idx is no Megatron index")
+
+
+def test_a_bad_manifest_is_refused(shards: Path, tmp_path: Path) -> None:
+    folder = broken(shards, tmp_path)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text("{")
+    refused(str(folder), "manifest.json cannot be read")
+    path.write_text(json.dumps({key: value for key, value in values.items() if key != "tokenizer"}))
+    refused(str(folder), "lacks the field 'tokenizer'")
+    path.write_text(json.dumps({**values, "fingerprint": "0"}))
+    refused(str(folder), "changed by hand")
+
+
+def test_paths_and_weights_that_make_no_sense_are_refused(shards: Path, tmp_path: Path) -> None:
+    refused(str(tmp_path / "nowhere"), "no shards at .*nowhere")
+    refused(str(tmp_path), "no shards in")
+    refused("???", "data.path is not set")
+    refused(None, "data.path=None")
+    refused(str(shards), "data.weights has 2 numbers for 1 paths", weights=[1.0, 2.0])
+    refused(str(shards), "data.weights must be positive", weights=[0.0])
+    refused(str(shards), "validation_fraction=1.5", validation_fraction=1.5)
+
+
+def test_a_corpus_without_one_sequence_is_refused(tmp_path: Path) -> None:
+    prefix = write_megatron(tmp_path / "tiny", [[[5] * 30], [[6] * 30]])
+    with pytest.raises(UserError, match="a sequence needs 65"):
+        open_(prefix, tmp_path)
+
+
+def test_shards_of_two_tokenizers_are_not_mixed(shards: Path, tmp_path: Path) -> None:
+    folder = broken(shards, tmp_path)
+    manifest = Manifest.read(folder)
+    other = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, sha256="0" * 64))
+    (folder / "manifest.json").write_text(other.to_json())
+    refused([str(shards), str(folder)], "different tokenizers")
