@@ -20,6 +20,7 @@ from monet_train.errors import UserError
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the commands name them
 CONFIG = "config.json"
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARDED_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

@@ -22,6 +22,7 @@ from monet_train.interop import hf
 from monet_train.interop.card import model_card
 from monet_train.interop.checkpoint import (
     CONFIG,
+    DTYPES,
     check_weights,
     published_config,
     read_config,
@@ -36,7 +37,6 @@ from monet_train.model.transformer import MonetForCausalLM
 
 MAX_SHARD_SIZE = "5GB"
 RECORD = "monet_export.json"  # lists the files of an export: what --force may replace
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AUTO_MAP = {
     "AutoConfig": "configuration_monet.MonetConfig",
     "AutoModel": "modeling_monet.MonetModel",
@@ -128,6 +128,8 @@ def _write_files(
     card = model_card(name, config, parameters, dtype, has_tokenizer=tokenizer_file is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted({RECORD, *(file.name for file in folder.iterdir())})
+    for shard in folder.glob("*.safetensors"):
+        shutil.copymode(folder / CONFIG, shard)  # the writer makes them private to the user
     _write_json(folder / RECORD, {"files": files})
 
 

@@ -82,27 +82,35 @@ def write_tokenizer(file: Path, config: MonetConfig, folder: Path) -> dict[str, 
         for name in COMPANIONS:
             if (file.parent / name).is_file():
                 shutil.copyfile(file.parent / name, folder / name)
-        special = {"bos": config.bos_token_id, "eos": config.eos_token_id}
     else:
         tokenizer.save(str(folder / TOKENIZER_JSON))
         shutil.copyfile(file, folder / SENTENCEPIECE_MODEL)
-        original = SentencePieceProcessor(model_file=str(file))
-        special = {
-            "bos": original.bos_id(), "eos": original.eos_id(), "unk": original.unk_id(), "pad": original.pad_id()
-        }  # fmt: skip
-    tokens = {name: tokenizer.id_to_token(token_id) for name, token_id in special.items() if token_id >= 0}
-    tokens = {name: token for name, token in tokens.items() if token is not None}
+    special = special_token_ids(file, config)
     if not (folder / TOKENIZER_CONFIG).is_file():
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_position_embeddings,
             "clean_up_tokenization_spaces": False,
-            **{f"{name}_token": token for name, token in tokens.items()},
+            **{f"{name}_token": tokenizer.id_to_token(token_id) for name, token_id in special.items()},
         }
         (folder / TOKENIZER_CONFIG).write_text(
             json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-    return {f"{name}_token_id": special[name] for name in ("bos", "eos") if name in tokens}
+    return {f"{name}_token_id": special[name] for name in ("bos", "eos") if name in special}
+
+
+def special_token_ids(file: Path, config: MonetConfig) -> dict[str, int]:
+    """Ids of ``bos``, ``eos``, ``unk`` and ``pad``, as far as the tokenizer has them.
+
+    A SentencePiece model tells them; of a ``tokenizer.json`` they are what the model's configuration says.
+    """
+    if file.suffix == ".json":
+        tokenizer = load_tokenizer(file)
+        ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
+        return {name: token_id for name, token_id in ids.items() if tokenizer.id_to_token(token_id) is not None}
+    model = SentencePieceProcessor(model_file=str(file))
+    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
+    return {name: token_id for name, token_id in ids.items() if token_id >= 0}
 
 
 def convert_sentencepiece(file: Path) -> Tokenizer:

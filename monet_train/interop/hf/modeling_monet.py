@@ -113,7 +113,9 @@ class MonetAttention(nn.Module):
         key = rotate(self._heads(self.k_proj(x)), cos, sin)
         value = self._heads(self.v_proj(x))
         if cache is not None:
-            key, value = cache.update(key, value, self.layer)
+            # static caches of early transformers 5 have to be told the place; later ones ignore it
+            place = {"cache_position": torch.arange(past, past + length, device=x.device)}
+            key, value = cache.update(key, value, self.layer, place)
         # a static cache returns room for tokens that are still to come
         keys = past + length if mask is None else mask.shape[-1]
         mixed = F.scaled_dot_product_attention(
