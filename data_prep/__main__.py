@@ -91,7 +91,9 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help_: str) -> Parser:
-        return commands.add_parser(name, help=help_, description=help_, epilog=EPILOG, formatter_class=formatter)
+        return commands.add_parser(
+            name, help=help_, description=help_, epilog=EPILOG, formatter_class=formatter, allow_abbrev=False
+        )
 
     tokenizer = command("tokenizer", "train a SentencePiece tokenizer")
     _add_sources(tokenizer)

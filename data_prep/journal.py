@@ -95,5 +95,5 @@ def exclusive(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         (folder / name).unlink(missing_ok=True)
+        lock.release()

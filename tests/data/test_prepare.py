@@ -1,0 +1,365 @@
+"""`monet-data`: sources, shards, restart, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.__main__ import main
+from data_prep.recipe import LABELS, load_recipe
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.verify import verify
+from monet_train.data.manifest import Manifest
+from monet_train.data.megatron import IndexedDataset
+from tests.data.conftest import REPOSITORY, text_of
+
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
+
+
+def command(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run ``monet-data`` in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["monet-data", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``data(arguments...)`` -> exit status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = command(*arguments, monkeypatch=monkeypatch)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def documents_of(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """The decoded documents, with a check that each ends with the end-of-text token once."""
+    texts = []
+    for record in Manifest.read(folder).shards:
+        shard = IndexedDataset(str(folder / record.name))
+        for i in range(len(shard)):
+            tokens = shard[i].tolist()
+            assert tokens[-1] == tokenizer.record.eos_id and tokens.count(tokenizer.record.eos_id) == 1
+            texts.append(tokenizer.decode(tokens[:-1]))
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_hold_the_documents_in_order(shards: Path, tokenizer: Tokenizer) -> None:
+    assert documents_of(shards, tokenizer) == [text_of(i) for i in range(300)]
+    manifest, problems = verify(shards)
+    assert problems == [] and manifest.documents == 300 and len(manifest.shards) > 3
+    assert manifest.text_bytes == sum(len(text_of(i).encode()) for i in range(300))
+    assert all(record.tokens >= 4000 for record in manifest.shards[:-1])
+
+
+def test_labels_lie_beside_the_shards(shards: Path) -> None:
+    manifest = Manifest.read(shards)
+    rows = [
+        row
+        for record in manifest.shards
+        for row in pyarrow.parquet.read_table(shards / f"{record.name}.labels.parquet").to_pylist()
+    ]
+    assert [row["lang"] for row in rows] == [("en", "ru")[i % 2] for i in range(300)]
+    assert {(row["domain"], row["source"]) for row in rows} == {(None, "made up")}
+    assert [row["bytes"] for row in rows] == [len(text_of(i).encode()) for i in range(300)]
+    assert sum(record.labels["lang"]["ru"][0] for record in manifest.shards) == 150
+
+
+def test_the_number_of_workers_does_not_change_a_byte(
+    prepare: Callable[..., Path], shards: Path, tmp_path: Path
+) -> None:
+    assert contents(prepare(tmp_path / "three", workers=3)) == contents(shards)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet", "parquet.zst", "txt"])
+def test_formats_give_the_same_documents(
+    kind: str, prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = [text_of(i) for i in range(40)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    file = tmp_path / f"corpus.{kind}"
+    options = {}
+    if kind == "jsonl.gz":
+        file.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))  # members, as cat makes them
+    elif kind == "jsonl.xz":
+        file.write_bytes(lzma.compress(lines))
+    elif kind == "jsonl.zst":
+        file.write_bytes(
+            pyarrow.compress(lines[:1000], "zstd", asbytes=True) + pyarrow.compress(lines[1000:], "zstd", asbytes=True)
+        )
+    elif kind == "txt":
+        texts = [text.split("\n")[0] for text in texts]
+        file.write_text("\n".join(texts), encoding="utf-8")
+        options = {"txt": "line"}
+    else:
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(40)}), sink, row_group_size=7)
+        raw = sink.getvalue()
+        file.write_bytes(pyarrow.compress(raw, "zstd", asbytes=True) if kind.endswith("zst") else raw)
+    assert documents_of(prepare(tmp_path / "out", [str(file)], **options), tokenizer) == texts
+
+
+def test_a_folder_of_source_code(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    code = tmp_path / "project"
+    (code / "src").mkdir(parents=True)
+    (code / ".git").mkdir()
+    (code / "src" / "a.py").write_text("x = 1\n")
+    (code / "b.rs").write_text("fn main() {}\n")
+    (code / ".git" / "c.py").write_text("hidden = True\n")
+    (code / "picture.png").write_bytes(b"\x89PNG")
+    manifest = Manifest.read(prepare(tmp_path / "out", [str(code)]))
+    (record,) = manifest.shards
+    assert {value: counts[0] for value, counts in record.labels["lang"].items()} == {"python": 1, "rust": 1}
+    assert list(record.labels["source"]) == ["project"]
+
+
+def test_the_installed_python_is_a_corpus(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    arguments = ("shards", "python", "--max-bytes", "300k", "--tokenizer", tokenizer.path, "--workers", 1)
+    assert data(*arguments, "--out", tmp_path / "a")[0] == 0
+    assert data(*arguments, "--out", tmp_path / "b")[0] == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    manifest = Manifest.read(tmp_path / "a")
+    assert 200_000 < manifest.text_bytes <= 300_000
+    assert "python-stdlib" in manifest.shards[0].labels["source"]
+    assert b"def " in " ".join(documents_of(tmp_path / "a", tokenizer)).encode()
+
+
+def test_filters_leave_documents_out_and_count_them(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = Manifest.read(prepare(tmp_path / "out", where={"lang": ["ru"]}, min_chars=100))
+    assert list(manifest.shards[0].labels["lang"]) == ["ru"]
+    assert manifest.filtered["lang"] == 150
+    assert manifest.documents + sum(manifest.filtered.values()) == 300 and manifest.filtered["length"] > 0
+
+
+def test_bad_documents_are_reported_with_file_and_line(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good = json.dumps({"text": "good"}).encode()
+    bad = {
+        2: (b"{not json", "not JSON"),
+        3: (b'{"text": "\xff\xfe"}', "invalid UTF-8"),
+        4: (b'{"text": ""}', "empty"),
+        5: (b'{"text": 3}', "the text is a int"),
+        6: (b'{"title": "x"}', "no field 'text'"),
+        7: (b"[1, 2]", "a record is a list, not an object"),
+        8: (b'{"text": "\\ud800"}', "invalid UTF-8"),
+        9: (b'"only a string"', "a record is a str, not an object"),
+    }
+    file = tmp_path / "mixed.jsonl"
+    file.write_bytes(b"\n".join(bad.get(n, (good,))[0] for n in range(1, 31)) + b"\n\n")
+    arguments = ("shards", file, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    status, _, err = data(*arguments)
+    assert status == 2 and "8 of 30 documents are bad" in err and "--max-bad-share" in err
+    status, out, _ = data(*arguments, "--max-bad-share", 0.5)
+    assert status == 0 and "8 bad documents" in out
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {r["line"]: r["reason"] for r in rejects} == {n: reason for n, (_, reason) in bad.items()}
+    assert {r["file"] for r in rejects} == {str(file)}
+    assert Manifest.read(tmp_path / "out").documents == 22
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    program = [
+        sys.executable, "-m", "data_prep", "shards", str(jsonl / "*.jsonl"), "--tokenizer", str(tokenizer.path),
+        "--out", str(out), "--tokens-per-shard", "4000", "--workers", "1",
+    ]  # fmt: skip
+    # The process kills itself while it writes the shard of this number: no timing decides the test.
+    kill = (
+        "import os, signal, sys; from data_prep import shard_writer, __main__ as m\n"
+        "inner, count = shard_writer.sync, [0]\n"
+        "def sync(path):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == {at}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    inner(path)\n"
+        "shard_writer.sync = sync; sys.argv = sys.argv[1:]; m.main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for at in (1, 6, 8):
+        killed = subprocess.run([sys.executable, "-c", kill.format(at=at), *program[2:]], env=environment)
+        assert killed.returncode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+    left = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.bin")}
+    assert len(left) >= 2
+    subprocess.run(program, check=True, env=environment)
+    assert contents(out) == contents(shards)
+    assert (out / "shard-00000.bin").stat().st_mtime_ns == left["shard-00000.bin"], "finished shards stay"
+
+
+def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "shard-00002.bin").write_bytes(b"broken")
+    _, problems = verify(out)
+    assert len(problems) == 1 and "shard-00002.bin has 6 bytes" in problems[0] and "rebuild it alone" in problems[0]
+    for path in out.glob("shard-00002.*"):
+        path.unlink()
+    prepare(out)
+    assert contents(out) == contents(shards)
+    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {f"shard-00002.{suffix}" for suffix in ("bin", "idx", "labels.parquet")}
+
+
+def test_the_same_command_again_does_nothing_another_is_refused(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    assert data(*arguments)[0] == 0
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    assert data(*arguments)[0] == 0
+    status, _, err = data(*arguments, "--min-chars", 100)
+    assert status == 2 and "belongs to another corpus (differs in: sources)" in err
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])
+def test_verify_finds_damage(damage: str, data, prepare: Callable[..., Path], tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    assert data("verify", out)[0] == 0
+    file = out / {"token": "shard-00001.bin", "order": "shard-00001.idx", "labels": "shard-00000.labels.parquet",
+                  "tokenizer": "tokenizer.model", "extra": "shard-99999.bin"}[damage]  # fmt: skip
+    content = bytearray(file.read_bytes() if file.exists() else b"?")
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 1 and file.name in err
+
+
+def test_info_shows_counts_labels_lengths_and_samples(data, shards: Path) -> None:
+    status, out, _ = data("info", shards, "--samples", 10)
+    assert status == 0
+    assert "documents    300" in out and " ru " in out and "####" in out
+    assert out.count("\n  document ") == 10 and repr(text_of(0)[:40])[1:-1] in out
+
+
+def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time, pathlib; from data_prep.journal import exclusive\n"
+         "with exclusive(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, cwd=REPOSITORY,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        status, _, err = data("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out")
+        assert status == 2 and "being written by another run" in err
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[object], str]]:
+    """Arguments and the words of the one line that answers them."""
+    lines = (jsonl / "part-0.jsonl").read_bytes()
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-100])
+    (folder / "cut.jsonl.zst").write_bytes(pyarrow.compress(lines, "zstd", asbytes=True)[:-100])
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "notes.docx").write_bytes(b"?")
+    (folder / "recipe.yaml").write_text("sources: [{source: x.jsonl, min_char: 3}]")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("precious")
+    (folder / "bad.model").write_text("no model")
+    shards = ["--tokenizer", model, "--out", folder / "out", "--workers", 1]
+    return {
+        "misspelt command": (["shard"], "no command 'shard': did you mean shards?"),
+        "misspelt option": (["shards", "x", *shards, "--min-charz", "3"], "did you mean --min-chars?"),
+        "no source": (["shards", folder / "nothing*.jsonl", *shards], "matches no file"),
+        "no format": (["shards", folder / "notes.docx", *shards], "no known format"),
+        "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
+        "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
+        "zstd cut short": (["shards", folder / "cut.jsonl.zst", *shards], "cut.jsonl.zst cannot be read (cut short"),
+        "wrong field": (["shards", jsonl / "*.jsonl", *shards, "--text-field", "body"], "no field 'body'"),
+        "bad recipe": (
+            ["shards", folder / "recipe.yaml", *shards], "'min_char': did you mean min_chars?"),
+        "someone's folder": (
+            ["shards", jsonl / "*.jsonl", *shards, "--out", folder / "full"], "full is not empty"),
+        "no tokenizer": (["shards", jsonl / "*.jsonl", "--tokenizer", folder / "no.model", *shards[2:]], "does not exist"),
+        "bad tokenizer": (["shards", jsonl / "*.jsonl", "--tokenizer", folder / "bad.model", *shards[2:]], "is no SentencePiece"),
+        "vocabulary too large": (
+            ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
+        "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is no number"),
+        "verify nothing": (["verify", folder / "nowhere"], "manifest.json is missing"),
+        "info nothing": (["info", folder / "nowhere"], "manifest.json is missing"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [
+    "misspelt command", "misspelt option", "no source", "no format", "empty corpus", "gzip cut short",
+    "zstd cut short", "wrong field", "bad recipe", "someone's folder", "no tokenizer", "bad tokenizer",
+    "vocabulary too large", "bad number", "verify nothing", "info nothing",
+])  # fmt: skip
+def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    arguments, words = bad_inputs(tmp_path, jsonl, tokenizer.path)[case]
+    before = contents(tmp_path / "full")
+    status, _, err = data(*arguments)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+    assert contents(tmp_path / "full") == before
+    assert not list(tmp_path.glob("out/*.bin")) and not list(tmp_path.glob("out/.shard*"))
+
+
+def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:
+    record = tokenizer.record
+    assert (record.vocabulary_size, record.unk_id, record.bos_id, record.eos_id) == (400, 0, 1, 2)
+    for text in ("  two  spaces\n\n\ttab", "🦔 unseen ∮ characters", " leading", "trailing \n"):
+        (ids,) = tokenizer.encode([text])
+        assert tokenizer.decode(ids.tolist()) == text and record.unk_id not in ids
+    report = json.loads((tokenizer.path.parent / "report.json").read_text())
+    (row,) = report["sources"].values()
+    assert row["documents"] == 300 and row["round_trip_failures"] == 0 and row["unknown_rate"] == 0
+    assert 1.5 < row["bytes_per_token"] < 10
+    again = ["tokenizer", jsonl / "*.jsonl", "--vocab-size"]
+    assert data(*again, 410, "--out", tokenizer.path.parent)[2].startswith("error: ")
+
+
+def test_a_hugging_face_tokenizer_serves_too(jsonl: Path, prepare, tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator([text_of(i) for i in range(50)], trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.record.eos_id == 0 and tokenizer.record.kind == "huggingface"
+    (ids,) = tokenizer.encode([text_of(3)])
+    assert tokenizer.decode(ids.tolist()) == text_of(3)
+
+
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="../shared/corpora is not there")
+def test_real_corpora_with_labels(data, tmp_path: Path) -> None:
+    source = str(CORPORA / "wiki_*.jsonl.zst")
+    assert data("tokenizer", source, "--sample-bytes", "1M", "--vocab-size", 2000, "--out", tmp_path / "t")[0] == 0
+    arguments = ("shards", source, "--where", "lang=es,fr", "--max-documents", 500, "--tokenizer", tmp_path / "t")
+    assert data(*arguments, "--out", tmp_path / "out", "--workers", 1)[0] == 0
+    manifest, problems = verify(tmp_path / "out")
+    assert problems == [] and manifest.documents == 500
+    assert set(manifest.shards[0].labels["lang"]) <= {"es", "fr"} and len(manifest.shards[0].labels["domain"]) > 3
+    assert np.dtype(manifest.dtype) == np.uint16
+    assert load_recipe(REPOSITORY / "conf/data_prep/labelled_jsonl.yaml").sources[0].fields.keys() == set(LABELS)
