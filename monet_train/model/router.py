@@ -85,10 +85,13 @@ class Router(nn.Module):
         # Sums a tensor over the ranks that share a micro-step; the identity in one process (see sharding.py).
         self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
-    def forward(
+    def route(
         self, x: Tensor, statistics: BatchStatistics | None = None
     ) -> tuple[Gates, Gates, BatchStatistics | None]:
         """Route tokens.
+
+        Not ``forward``: gates are no plain tensors, and module hooks (ZeRO-3's) only see those. The module has no
+        parameters of its own; its projections are called as modules.
 
         Args:
             x: [T, d].

@@ -101,7 +101,7 @@ class RoutingGroup:
             x = layer.post_attention_layernorm(hidden)
             tokens = x.flatten(0, 1)
             if layer.router is not None:
-                g1, g2, self.statistics = layer.router(tokens, self.statistics)
+                g1, g2, self.statistics = layer.router.route(tokens, self.statistics)
             hidden = hidden + layer.moe(tokens, g1, g2).view_as(x)
             states.append(hidden)
         if self.keep_states:

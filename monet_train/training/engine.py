@@ -69,13 +69,13 @@ def _keep_gradient_norm(engine: Any, topology: Topology) -> None:
 def _register_expert_weights(model: MonetForCausalLM) -> None:
     # ZeRO-3 gathers the parameters of a module when its forward is called; the kernels take the weights of the
     # projections without calling them, so their owner has to announce them.
-    from deepspeed.zero import register_external_parameter
+    import deepspeed
 
     for module in model.modules():
         if isinstance(module, Experts):
             for child in module.children():
                 for parameter in child.parameters():
-                    register_external_parameter(module, parameter)
+                    deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def set_learning_rate(engine: Any, value: float) -> None:
