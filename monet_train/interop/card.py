@@ -39,7 +39,7 @@ print(tokenizer.decode(output[0]))
 `model(input_ids, output_router_probs=True).router_probs` has for each layer the gates of its two half-expert sets
 ([batch, tokens, heads, {c.moe_experts}]), or None for a layer that shares the router of an earlier one.
 """
-OWN_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+OWN_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)'
 NO_TOKENIZER = "tokenizer = AutoTokenizer.from_pretrained(...)  # the one it was trained with: it is not in this folder"
 
 

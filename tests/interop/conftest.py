@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # before anything imports transformers, which reads them once
@@ -9,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,6 +19,15 @@ from monet_train.interop.load import load_pretrained
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORMS = ("tiny_vertical", "tiny_horizontal")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models here are so small that threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FORMS)

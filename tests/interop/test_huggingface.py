@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from monet_train.interop.export import save_pretrained
 from monet_train.interop.load import load_pretrained
@@ -90,6 +90,15 @@ def test_generation_with_any_cache_equals_generation_without(export: Path, answe
     assert without.shape == (3, 29)
     assert torch.equal(model.generate(prompt, **options), without)
     assert torch.equal(model.generate(prompt, cache_implementation="static", **options), without)
+
+
+def test_a_static_cache_without_a_mask(export: Path, answers: dict[str, Tensor]) -> None:
+    model = load(export)
+    ids = answers["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=50)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([20, 12, 1], 1)]
+    assert deviation(torch.cat(parts, 1), answers["eval.logits"]) < TOLERANCE
 
 
 def test_left_padding_changes_nothing(export: Path, answers: dict[str, Tensor]) -> None:

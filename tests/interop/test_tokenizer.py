@@ -1,0 +1,171 @@
+"""SentencePiece models as tokenizer.json: the same ids and the same text, in our hands and in transformers."""
+
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoTokenizer
+
+from monet_train.errors import UserError
+from monet_train.interop import tokenizer as tokenizer_module
+from monet_train.interop.export import save_pretrained
+from monet_train.interop.load import load_pretrained
+from monet_train.interop.tokenizer import PROBES, convert_sentencepiece, load_tokenizer, special_token_ids
+
+from .conftest import GOLDEN
+
+CODE = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+KINDS: dict[str, dict[str, object]] = {
+    "bpe-code": {"model_type": "bpe", "split_digits": True, **CODE},
+    "bpe-default": {"model_type": "bpe", "byte_fallback": True},
+    "bpe-no-bytes": {"model_type": "bpe", "character_coverage": 0.98},
+    "bpe-no-prefix": {"model_type": "bpe", "add_dummy_prefix": False, **CODE},
+    "bpe-symbols": {
+        "model_type": "bpe", "user_defined_symbols": ["\n", "\t", "▁▁", "▁▁▁▁", "<|code|>"], "pad_id": 3, **CODE
+    },
+    "unigram-code": {"model_type": "unigram", **CODE},
+    "unigram-default": {"model_type": "unigram"},
+}  # fmt: skip
+
+
+def sources() -> list[str]:
+    """Real text that every Python has: the sources of some standard modules."""
+    import argparse
+    import ast
+    import difflib
+    import email.message
+    import encodings.idna
+    import json.decoder
+    import locale
+    import statistics
+    import this
+    import unicodedata
+
+    modules = (argparse, ast, difflib, email.message, encodings.idna, json.decoder, locale, statistics, this, textwrap)
+    names = " ".join(unicodedata.lookup(f"CYRILLIC SMALL LETTER {n}") for n in ("A", "BE", "VE", "YA"))
+    return [*(inspect.getsource(module) for module in modules), names, "数学と言語", "<|code|>x = 1\n\n<|code|> end"]
+
+
+TEXTS = sources()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A SentencePiece model of each kind, trained on half of the lines."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = "\n".join(TEXTS).split("\n")[::2]
+    for name, options in KINDS.items():
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_prefix=str(folder / name), vocab_size=1000, minloglevel=2, **options
+        )
+    return {name: folder / f"{name}.model" for name in KINDS}
+
+
+def same_up_to_ties(original: SentencePieceProcessor, one: list[int], other: list[int]) -> bool:
+    """Whether two segmentations are equally probable."""
+    scores = [sum(original.get_score(token) for token in ids) for ids in (one, other)]
+    return scores[0] == pytest.approx(scores[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_sentencepiece(models: dict[str, Path], kind: str) -> None:
+    original = SentencePieceProcessor(model_file=str(models[kind]))
+    converted = convert_sentencepiece(models[kind])
+    assert converted.get_vocab_size() == original.get_piece_size()
+    runs = [char * n for char in " \n=-a" for n in range(1, 40)]
+    for text in [*PROBES, *TEXTS, *runs]:
+        expected, ids = original.encode(text), converted.encode(text).ids
+        assert ids == expected or (kind.startswith("unigram") and same_up_to_ties(original, ids, expected)), text[:80]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, options in KINDS.items() if "byte_fallback" in options])
+def test_text_survives_the_round_trip(models: dict[str, Path], kind: str) -> None:
+    original = SentencePieceProcessor(model_file=str(models[kind]))
+    converted = convert_sentencepiece(models[kind])
+    for text in [*PROBES, *TEXTS]:
+        decoded = converted.decode(converted.encode(text).ids)
+        assert decoded == original.decode(original.encode(text))
+        if KINDS[kind].get("normalization_rule_name") == "identity" and "▁" not in text:
+            assert decoded == text
+
+
+@pytest.mark.parametrize("kind", ["bpe-code", "bpe-symbols", "unigram-default"])
+def test_transformers_reads_the_exported_tokenizer(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    model.config.vocab_size = 1000  # of the configuration only: this test reads no weights
+    folder = save_pretrained(model, tmp_path / "export", models[kind])
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    original = SentencePieceProcessor(model_file=str(models[kind]))
+    assert len(tokenizer) == original.get_piece_size()
+    for text in (*PROBES, TEXTS[0]):
+        assert tokenizer(text)["input_ids"] == load_tokenizer(folder / "tokenizer.json").encode(text).ids
+        if kind.startswith("bpe"):
+            assert tokenizer(text)["input_ids"] == original.encode(text)
+            assert tokenizer.decode(original.encode(text)) == original.decode(original.encode(text))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    assert tokenizer.pad_token == ("<pad>" if "pad_id" in KINDS[kind] else None)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    assert (folder / "tokenizer.model").read_bytes() == models[kind].read_bytes()
+
+
+def test_the_special_ids_of_the_tokenizer_go_into_the_export(tmp_path: Path) -> None:
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].split("\n")), model_prefix=str(tmp_path / "own"), vocab_size=200,
+        model_type="bpe", bos_id=-1, eos_id=0, unk_id=1, minloglevel=2,
+    )  # fmt: skip
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    file = tmp_path / "own.model"
+    assert special_token_ids(file, model.config) == {"eos": 0, "unk": 1}
+    folder = save_pretrained(model, tmp_path / "export", file)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((folder / name).read_text())["eos_token_id"] == 0
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).eos_token_id == 0
+    assert load_pretrained(folder).config.eos_token_id == 0
+
+
+def test_a_tokenizer_json_is_taken_over_with_its_companions(models: dict[str, Path], tmp_path: Path) -> None:
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    model.config.vocab_size = 1000
+    first = save_pretrained(model, tmp_path / "first", models["bpe-code"])
+    (first / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "model_max_length": 7})
+    )
+    second = save_pretrained(model, tmp_path / "second", first / "tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_a_tokenizer_of_another_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    with pytest.raises(UserError, match=r"bpe-code\.model has 1000 entries, the model only vocab_size=256"):
+        save_pretrained(model, tmp_path / "export", models["bpe-code"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_tokenizers_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "broken.model").write_bytes(models["bpe-code"].read_bytes()[:500])
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[0].split("\n")), model_prefix=str(tmp_path / "char"), model_type="char",
+        vocab_size=60, minloglevel=2,
+    )  # fmt: skip
+    for name, message in (
+        ("broken.json", "is not a tokenizer.json"),
+        ("broken.model", "is not a SentencePiece model"),
+        ("char.model", "only BPE and unigram"),
+        ("absent.model", "is not a file"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            load_tokenizer(tmp_path / name)
+        assert name in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_conversion_that_is_not_exact_is_reported(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    merges = tokenizer_module._merges
+    monkeypatch.setattr(tokenizer_module, "_merges", lambda proto: merges(proto)[::-1])
+    with pytest.warns(UserWarning, match=r"bpe-code\.model: the converted tokenizer cuts '.*' differently"):
+        convert_sentencepiece(models["bpe-code"])
