@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from data_prep.encode import default_workers
 from data_prep.recipe import LABELS, Recipe, recipe_from
+from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError, one_line_errors
 
 EPILOG = """\
@@ -26,6 +27,8 @@ examples
   monet-data shards python --max-bytes 8M --tokenizer data/tokenizer --out data/python
   monet-data shards 'corpora/*.jsonl.zst' --tokenizer llama/tokenizer.model --out data/corpora --where lang=en,de
   monet-data shards conf/data_prep/fineweb_edu.yaml --tokenizer data/tokenizer --out data/fineweb
+  monet-data shards SOURCE... --out data/big --tokenizer T --task 3 --tasks 16     (each of 16 jobs; then merge)
+  monet-data merge data/big
   monet-data verify data/corpora
   monet-data info data/corpora
 
@@ -120,6 +123,13 @@ def build_parser() -> Parser:
         "--max-bad-share", type=float, default=0.01, help="stop if a larger share of documents is bad (0.01)"
     )
 
+    shards.add_argument("--task", type=number, default=0, metavar="I", help="do part I (from 0) of --tasks N")
+    shards.add_argument(
+        "--tasks", type=positive, default=1, metavar="N", help="share the files among N runs, then merge"
+    )
+
+    merge = command("merge", "write the manifest over the shards of all tasks")
+    merge.add_argument("folder", type=Path, help="the --out of the tasks")
     verify = command("verify", "check every byte of a shard folder")
     verify.add_argument("folder", type=Path, help="made by `monet-data shards`")
     info = command("info", "counts, labels, lengths and decoded samples of a shard folder")
@@ -177,19 +187,36 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
 
 def run_shards(arguments: argparse.Namespace) -> None:
     """``monet-data shards``."""
-    from data_prep.shards import REJECTS_NAME, Preparation, ShardOptions
+    from data_prep.pipeline import ShardOptions
+    from data_prep.shards import prepare
     from data_prep.tokenizers import load_tokenizer
 
-    options = ShardOptions(arguments.tokens_per_shard, arguments.workers, arguments.max_bad_share)
-    recipe, tokenizer = read_recipe(arguments), load_tokenizer(arguments.tokenizer)
-    manifest = Preparation(recipe, tokenizer, arguments.out, options).run()
+    options = ShardOptions(
+        arguments.tokens_per_shard, arguments.workers, arguments.max_bad_share, arguments.task, arguments.tasks
+    )
+    manifest = prepare(read_recipe(arguments), load_tokenizer(arguments.tokenizer), arguments.out, options)
+    if manifest:
+        print_summary(arguments.out, manifest)
+    else:
+        print(f"{arguments.out}: task {options.task} of {options.tasks} is done")
+        print(f"  when all are: monet-data merge {arguments.out}")
+
+
+def run_merge(arguments: argparse.Namespace) -> None:
+    """``monet-data merge``."""
+    from data_prep.shards import merge
+
+    print_summary(arguments.folder, merge(arguments.folder))
+
+
+def print_summary(folder: Path, manifest: Manifest) -> None:
+    """One line of counts, and one about bad documents if there are some."""
     print(
-        f"{arguments.out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
+        f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
         f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
     )
     if manifest.rejected:
-        bad = sum(manifest.rejected.values())
-        print(f"  {bad:,} bad documents were left out: {arguments.out / REJECTS_NAME}")
+        print(f"  {sum(manifest.rejected.values()):,} bad documents were left out: {folder}/rejects*.jsonl")
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
@@ -216,7 +243,13 @@ def run_info(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Entry point of ``monet-data``."""
     arguments = build_parser().parse_args()
-    commands = {"tokenizer": run_tokenizer, "shards": run_shards, "verify": run_verify, "info": run_info}
+    commands = {
+        "tokenizer": run_tokenizer,
+        "shards": run_shards,
+        "merge": run_merge,
+        "verify": run_verify,
+        "info": run_info,
+    }
     commands[arguments.command](arguments)
 
 

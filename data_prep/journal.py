@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from data_prep.files import sync, write_whole
-from monet_train.data.manifest import Position, ShardRecord, shard_from_json
+from monet_train.data.manifest import ShardRecord, shard_from_json
 from monet_train.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -28,43 +28,52 @@ class Totals:
 
 
 class Journal:
-    """``progress.jsonl``: the recipe, then one line for every finished shard. Removed when the manifest stands."""
+    """``progress.jsonl``: the recipe, a line for every finished shard, a last one at the end. Gone with the manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe: dict[str, Any] = {}
         self.shards: list[ShardRecord] = []
         self.totals = Totals()
+        self.done = False  # all shards are there
 
-    @property
-    def end(self) -> Position:
-        """Where the next shard starts."""
-        return self.shards[-1].end if self.shards else Position(0, 0, 0)
-
-    def open(self, recipe: dict[str, Any]) -> None:
-        """Start the journal, or read the one that a stopped run of the same recipe left.
+    def open(self, recipe: dict[str, Any] | None) -> None:
+        """Start the journal, or read the one that a stopped run of the same recipe left (None: of any).
 
         Raises:
             UserError: another recipe is at work in the folder.
         """
         if not self.path.exists():
+            self.recipe = recipe or {}
             write_whole(self.path, (json.dumps({"recipe": recipe}) + "\n").encode())
             return
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
         lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines or lines[0]["recipe"] != recipe:
-            raise other_recipe(self.path.parent, lines[0]["recipe"] if lines else {}, recipe)
+        if not lines or recipe not in (None, lines[0]["recipe"]):
+            raise other_recipe(self.path.parent, lines[0]["recipe"] if lines else {}, recipe or {})
+        self.recipe = lines[0]["recipe"]
         if whole != data:
             write_whole(self.path, whole)
         for line in lines[1:]:
-            self.shards.append(shard_from_json(line["shard"]))
             self.totals = Totals(**line["totals"])
+            self.done = "shard" not in line
+            if not self.done:
+                self.shards.append(shard_from_json(line["shard"]))
 
     def add(self, shard: ShardRecord) -> None:
         """Record a finished shard, durably."""
         self.shards.append(shard)
+        self._append({"shard": asdict(shard), "totals": asdict(self.totals)})
+
+    def finish(self) -> None:
+        """Record that there are no more shards."""
+        self.done = True
+        self._append({"totals": asdict(self.totals)})
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as stream:
-            stream.write((json.dumps({"shard": asdict(shard), "totals": asdict(self.totals)}) + "\n").encode())
+            stream.write((json.dumps(line) + "\n").encode())
         sync(self.path)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.files import sha256_file
-from data_prep.shards import REJECTS_NAME
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.data.shards import Shard, read_index_header
 from monet_train.errors import UserError
@@ -49,9 +48,9 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
         if getattr(manifest, name) != sum(getattr(record, name) for record in manifest.shards):
             yield f"{folder / MANIFEST_NAME}: `{name}` is not the sum over its shards: prepare the corpus again"
     for before, after in zip(manifest.shards, manifest.shards[1:], strict=False):
-        if before.end != after.start:
-            yield f"{folder / MANIFEST_NAME}: {after.name} does not start where {before.name} ends: prepare again"
-    known = {MANIFEST_NAME, REJECTS_NAME, manifest.tokenizer.file, "index-cache"}
+        if after.start < before.end:
+            yield f"{folder / MANIFEST_NAME}: {after.name} starts before {before.name} ends: prepare the corpus again"
+    known = {MANIFEST_NAME, manifest.tokenizer.file}
     known |= {f"{record.name}.{suffix}" for record in manifest.shards for suffix in record.files}
     for path in sorted(folder.iterdir()):
         if path.name not in known and path.suffix in (".bin", ".idx", ".tmp"):

@@ -35,7 +35,7 @@ class FileRecord:
     sha256: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Position:
     """A place in the stream of source documents: where a shard starts or ends."""
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_prep.pipeline import ShardOptions
 from data_prep.recipe import Recipe, Source, recipe_from
-from data_prep.shards import Preparation, ShardOptions
+from data_prep.shards import prepare as prepare_shards
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import TokenizerOptions, train_tokenizer
 from monet_train.data.megatron import IndexedDatasetBuilder
@@ -53,7 +54,7 @@ def prepare(jsonl: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
         out: Path, sources: list[str] | None = None, tokens_per_shard: int = 4000, workers: int = 1, **options: object
     ) -> Path:
         recipe = recipe_from(sources or [str(jsonl / "*.jsonl")], options, {})
-        Preparation(recipe, tokenizer, out, ShardOptions(tokens_per_shard, workers)).run()
+        prepare_shards(recipe, tokenizer, out, ShardOptions(tokens_per_shard, workers))
         return out
 
     return make

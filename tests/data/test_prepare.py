@@ -282,6 +282,7 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     (folder / "full" / "thesis.txt").write_text("precious")
     (folder / "bad.model").write_text("no model")
     shards = ["--tokenizer", model, "--out", folder / "out", "--workers", 1]
+    good = jsonl / "*.jsonl"
     return {
         "misspelt command": (["shard"], "no command 'shard': did you mean shards?"),
         "misspelt option": (["shards", "x", *shards, "--min-charz", "3"], "did you mean --min-chars?"),
@@ -290,13 +291,13 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
         "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
         "zstd cut short": (["shards", folder / "cut.jsonl.zst", *shards], "cut.jsonl.zst cannot be read (cut short"),
-        "wrong field": (["shards", jsonl / "*.jsonl", *shards, "--text-field", "body"], "no field 'body'"),
+        "wrong field": (["shards", good, *shards, "--text-field", "body"], "no field 'body'"),
         "bad recipe": (
             ["shards", folder / "recipe.yaml", *shards], "'min_char': did you mean min_chars?"),
         "someone's folder": (
-            ["shards", jsonl / "*.jsonl", *shards, "--out", folder / "full"], "full is not empty"),
-        "no tokenizer": (["shards", jsonl / "*.jsonl", "--tokenizer", folder / "no.model", *shards[2:]], "does not exist"),
-        "bad tokenizer": (["shards", jsonl / "*.jsonl", "--tokenizer", folder / "bad.model", *shards[2:]], "is no SentencePiece"),
+            ["shards", good, *shards, "--out", folder / "full"], "full is not empty"),
+        "no tokenizer": (["shards", good, "--tokenizer", folder / "no", *shards[2:]], "does not exist"),
+        "bad tokenizer": (["shards", good, "--tokenizer", folder / "bad.model", *shards[2:]], "is no Sent"),
         "vocabulary too large": (
             ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
         "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is no number"),
@@ -318,6 +319,29 @@ def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenize
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert contents(tmp_path / "full") == before
     assert not list(tmp_path.glob("out/*.bin")) and not list(tmp_path.glob("out/.shard*"))
+
+
+def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    source = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--tokens-per-shard", 4000, "--workers", 1)
+    for task in (2, 0):
+        assert data(*source, "--out", out, "--task", task, "--tasks", 3)[0] == 0
+    status, _, err = data("merge", out)
+    assert status == 2 and "1 of 3 tasks are not finished (first: 1)" in err and not (out / "manifest.json").exists()
+    assert "belongs to another corpus" in data(*source, "--out", out, "--task", 1, "--tasks", 3, "--min-chars", 9)[2]
+    assert data(*source, "--out", out, "--task", 1, "--tasks", 3)[0] == 0
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard*")}
+    assert data("merge", out)[0] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("shard*")} == before
+    assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]
+    assert verify(out)[1] == [] and not list(out.glob("progress*"))
+    lost = sorted(out.glob("shard-*-00001.bin"))[0]
+    content = lost.read_bytes()
+    lost.unlink()
+    for task in range(3):
+        assert data(*source, "--out", out, "--task", task, "--tasks", 3)[0] == 0
+    assert lost.read_bytes() == content
+    assert "give 0 to 2" in data(*source, "--out", out, "--task", 3, "--tasks", 3)[2]
 
 
 def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:
