@@ -28,7 +28,7 @@ class Totals:
 
 
 class Journal:
-    """``progress.jsonl``: the recipe, a line for every finished shard, a last one at the end. Gone with the manifest."""
+    """``progress.jsonl``: the recipe, a line a finished shard, a last one at the end. Gone with the manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

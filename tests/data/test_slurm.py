@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ DEADLINE_SECONDS = 240
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
+def slurm() -> Iterator[dict[str, str]]:
     """The environment of a running two-node Slurm."""
     if not LOCAL.is_dir() or any(shutil.which(tool) is None for tool in ("sbatch", "slurmctld", "slurmd", "munged")):
         pytest.skip("needs Slurm's packages, munge and ../shared/slurm_local")
@@ -33,12 +34,14 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", CONTROLLER_PORT)) == 0:
             pytest.skip("another local Slurm is up")
-    folder = tmp_path / "slurm"
-    subprocess.run(["bash", LOCAL / "up.sh", folder, "2"], check=True)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)  # munge refuses a socket in a folder that not everybody may enter
     try:
+        subprocess.run(["bash", LOCAL / "up.sh", folder, "2"], check=True)
         yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     finally:
         subprocess.run(["bash", LOCAL / "down.sh", folder], check=False)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.distributed
