@@ -6,8 +6,12 @@
 
 #include <atomic>
 #include <limits>
+#include <string>
 #include <tuple>
+#include <vector>
 
+#include "cpu/experts.h"
+#include "cpu/products.h"
 #include "cpu/route.h"
 #include "parallel.h"
 
@@ -15,11 +19,9 @@ namespace monet {
 
 void run_tasks(int64_t count, void (*task)(const void*, int64_t), const void* context) {
   if (count <= 0) return;
-  if (count == 1) return task(context, 0);
   // Tasks are taken one by one: groups differ in size, and other processes may share the cores.
   std::atomic<int64_t> next{0};
-  const int64_t workers = smaller(count, at::get_num_threads());
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, smaller(count, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t index = next++; index < count; index = next++) task(context, index);
   });
@@ -28,97 +30,138 @@ void run_tasks(int64_t count, void (*task)(const void*, int64_t), const void* co
 namespace {
 
 using at::Tensor;
+using cpu::Rows;
 
-// The four index tensors of a Pairs, in the order in which Python hands them over.
+// ---- tensors to pointers
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* write(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Rows of a matrix whose rows are contiguous.
+template <class S>
+Rows<const S> read_rows(const Tensor& matrix) {
+  return {read<S>(matrix), matrix.stride(0)};
+}
+
+// f(zero of the tensor's number type).
+template <class F>
+auto with_type(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(BFloat16{});
+    case at::kDouble: return f(double{});
+    default: TORCH_CHECK(false, "the expert kernels take fp32, bf16 or fp64, not ", tensor.scalar_type());
+  }
+}
+template <class F>
+auto with_wide_type(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return f(float{});
+    case at::kDouble: return f(double{});
+    default: TORCH_CHECK(false, "the router kernels take fp32 or fp64, not ", tensor.scalar_type());
+  }
+}
+
+// The type of sums over values of `tensor`, and of the gates that go with it.
+at::TensorOptions accumulator(const Tensor& tensor) {
+  return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// ---- gates
+
+// The four index tensors of a Pairs: token, group_start, row_start, row_pair.
 using Layout = at::TensorList;
 
 Pairs pairs_of(Layout layout, int64_t experts) {
-  TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, got ", layout.size());
+  TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
   for (const Tensor& part : layout)
-    TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is made of contiguous int32 tensors");
+    TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is of contiguous int32 tensors");
   const Pairs pairs{
-      layout[2].numel() - 1,          experts,
-      layout[0].numel(),              layout[0].const_data_ptr<int32_t>(),
-      layout[1].const_data_ptr<int32_t>(), layout[2].const_data_ptr<int32_t>(),
-      layout[3].const_data_ptr<int32_t>()};
-  TORCH_CHECK(layout[1].numel() == pairs.blocks() * experts + 1, "the layout is of another number of half-experts");
+      .tokens = layout[2].numel() - 1,
+      .experts = experts,
+      .count = layout[0].numel(),
+      .token = read<int32_t>(layout[0]),
+      .group_start = read<int32_t>(layout[1]),
+      .row_start = read<int32_t>(layout[2]),
+      .row_pair = read<int32_t>(layout[3])};
+  TORCH_CHECK(layout[1].numel() == pairs.blocks() * experts + 1, "the layout is not of ", experts, " half-experts");
   return pairs;
 }
 
-void check_values(const Tensor& values, const Pairs& pairs) {
-  TORCH_CHECK(
-      values.dim() == 2 && values.size(0) == pairs.count && values.is_contiguous(),
-      "values must be contiguous [pairs, heads]");
+// Values [pairs, heads] made contiguous.
+Tensor values_of(const Tensor& values, const Pairs& pairs) {
+  TORCH_CHECK(values.dim() == 2 && values.size(0) == pairs.count, "values must be [", pairs.count, " pairs, heads]");
+  return values.contiguous();
 }
 
+// ---- the router
+
 Tensor head_moments(const Tensor& logits) {
-  TORCH_CHECK(logits.dim() == 3, "logits must be [tokens, heads, experts]");
+  TORCH_CHECK(logits.dim() == 3, "logits must be [tokens, heads, half-experts]");
   const Tensor z = logits.contiguous();
   Tensor sums = at::empty({2, z.size(1)}, z.options().dtype(at::kDouble));
-  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "monet::head_moments", [&] {
-    cpu::head_moments(z.const_data_ptr<scalar_t>(), z.size(0), z.size(1), z.size(2), sums.mutable_data_ptr<double>());
+  with_wide_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::head_moments(read<T>(z), z.size(0), z.size(1), z.size(2), write<double>(sums));
   });
   return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold) {
-  TORCH_CHECK(logits.dim() == 3, "logits must be [tokens, heads, experts]");
+  TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must be [tokens, heads, half-experts]");
   TORCH_CHECK(
       threshold.dim() == 1 && threshold.size(0) == logits.size(1) && threshold.scalar_type() == logits.scalar_type(),
       "threshold must be [heads], in the type of the logits");
   const Tensor z = logits.contiguous(), cut = threshold.contiguous();
   const int64_t tokens = z.size(0), heads = z.size(1), experts = z.size(2);
-  TORCH_CHECK(experts > 0, "there must be at least one half-expert");
   TORCH_CHECK(
       tokens <= std::numeric_limits<int32_t>::max() / experts, tokens, " tokens are too many for one call; split them");
-  const int64_t words = cpu::Marks<float>::words(experts), blocks = ceil_div(tokens, kBlockTokens);
 
   const auto ints = z.options().dtype(at::kInt);
-  Tensor active = at::empty({tokens, words}, z.options().dtype(at::kLong));
-  Tensor rows = at::empty({2, tokens, heads}, z.options());
-  Tensor group_start = at::empty({blocks * experts + 1}, ints), row_start = at::empty({tokens + 1}, ints);
-  Tensor gates, token, row_pair;
-  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "monet::route", [&] {
-    const cpu::Marks<scalar_t> marks{
-        reinterpret_cast<uint64_t*>(active.mutable_data_ptr<int64_t>()), rows.mutable_data_ptr<scalar_t>(),
-        rows.mutable_data_ptr<scalar_t>() + tokens * heads};
-    const scalar_t* logits_data = z.const_data_ptr<scalar_t>();
-    int32_t* starts = row_start.mutable_data_ptr<int32_t>();
-    cpu::mark_active(logits_data, cut.const_data_ptr<scalar_t>(), tokens, heads, experts, marks, starts);
-    const int64_t count = starts[tokens];
-    token = at::empty({count}, ints);
-    row_pair = at::empty({count}, ints);
-    gates = at::empty({count, heads}, z.options());
+  Tensor active = at::empty({tokens, cpu::mark_words(experts)}, z.options().dtype(at::kLong));
+  Tensor largest = at::empty({tokens, heads}, z.options()), cuts = at::empty_like(largest);
+  Tensor row_start = at::empty({tokens + 1}, ints);
+  Tensor group_start = at::empty({ceil_div(tokens, kBlockTokens) * experts + 1}, ints);
+  return with_wide_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    const cpu::Marks<T> marks{write<uint64_t>(active), write<T>(largest), write<T>(cuts)};
+    cpu::mark_active(read<T>(z), read<T>(cut), tokens, heads, experts, marks, write<int32_t>(row_start));
+    const int64_t count = read<int32_t>(row_start)[tokens];
+    Tensor token = at::empty({count}, ints), row_pair = at::empty({count}, ints);
+    Tensor gates = at::empty({count, heads}, z.options());
     cpu::place_pairs(
-        marks.active, tokens, experts, starts, token.mutable_data_ptr<int32_t>(),
-        group_start.mutable_data_ptr<int32_t>(), row_pair.mutable_data_ptr<int32_t>());
+        marks.active, tokens, experts, read<int32_t>(row_start), write<int32_t>(token), write<int32_t>(group_start),
+        write<int32_t>(row_pair));
     const Pairs pairs = pairs_of({token, group_start, row_start, row_pair}, experts);
-    cpu::active_softmax(logits_data, marks, pairs, heads, gates.mutable_data_ptr<scalar_t>());
+    cpu::active_softmax(read<T>(z), marks, pairs, heads, write<T>(gates));
+    return std::make_tuple(gates, token, group_start, row_start, row_pair);
   });
-  return {gates, token, group_start, row_start, row_pair};
 }
 
 Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
-  check_values(gates, pairs);
-  const Tensor given = dgates.contiguous();
-  Tensor dlogits = at::empty_like(gates);
-  AT_DISPATCH_FLOATING_TYPES(gates.scalar_type(), "monet::route_backward", [&] {
-    cpu::active_softmax_backward(
-        gates.const_data_ptr<scalar_t>(), given.const_data_ptr<scalar_t>(), pairs, gates.size(1),
-        dlogits.mutable_data_ptr<scalar_t>());
+  const Tensor given = values_of(gates, pairs), dgiven = values_of(dgates, pairs);
+  Tensor dlogits = at::empty_like(given);
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::active_softmax_backward(read<T>(given), read<T>(dgiven), pairs, given.size(1), write<T>(dlogits));
   });
   return dlogits;
 }
 
 Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
-  const Tensor given = values.contiguous();
-  check_values(given, pairs);
+  const Tensor given = values_of(values, pairs);
   Tensor dense = at::empty({pairs.tokens, given.size(1), experts}, given.options());
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::scatter_dense", [&] {
-    cpu::scatter_dense(
-        given.const_data_ptr<scalar_t>(), pairs, given.size(1), dense.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::scatter_dense(read<T>(given), pairs, given.size(1), write<T>(dense));
   });
   return dense;
 }
@@ -127,21 +170,20 @@ Tensor gather_dense(const Tensor& dense, Layout layout) {
   const Pairs pairs = pairs_of(layout, dense.size(2));
   const Tensor given = dense.contiguous();
   Tensor values = at::empty({pairs.count, given.size(1)}, given.options());
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::gather_dense", [&] {
-    cpu::gather_dense(
-        given.const_data_ptr<scalar_t>(), pairs, given.size(1), values.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::gather_dense(read<T>(given), pairs, given.size(1), write<T>(values));
   });
   return values;
 }
 
 Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
-  const Tensor given = gates.contiguous();
-  check_values(given, pairs);
+  const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1), experts}, given.options());
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::sum_over_tokens", [&] {
-    cpu::sum_over_tokens(
-        given.const_data_ptr<scalar_t>(), pairs, given.size(1), totals.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::sum_over_tokens(read<T>(given), pairs, given.size(1), write<T>(totals));
   });
   return totals;
 }
@@ -150,45 +192,313 @@ Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
   const Pairs pairs = pairs_of(layout, dtotals.size(1));
   const Tensor given = dtotals.contiguous();
   Tensor dgates = at::empty({pairs.count, given.size(0)}, given.options());
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::sum_over_tokens_backward", [&] {
-    cpu::sum_over_tokens_backward(
-        given.const_data_ptr<scalar_t>(), pairs, given.size(0), dgates.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::sum_over_tokens_backward(read<T>(given), pairs, given.size(0), write<T>(dgates));
   });
   return dgates;
 }
 
 Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
-  const Tensor given = gates.contiguous();
-  check_values(given, pairs);
+  const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1)}, given.options());
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::sum_of_largest", [&] {
-    cpu::sum_of_largest(
-        given.const_data_ptr<scalar_t>(), pairs, given.size(1), totals.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::sum_of_largest(read<T>(given), pairs, given.size(1), write<T>(totals));
   });
   return totals;
 }
 
 Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
-  const Tensor given = gates.contiguous(), dgiven = dtotals.contiguous();
-  check_values(given, pairs);
+  const Tensor given = values_of(gates, pairs), dgiven = dtotals.contiguous();
   Tensor dgates = at::empty_like(given);
-  AT_DISPATCH_FLOATING_TYPES(given.scalar_type(), "monet::sum_of_largest_backward", [&] {
-    cpu::sum_of_largest_backward(
-        given.const_data_ptr<scalar_t>(), dgiven.const_data_ptr<scalar_t>(), pairs, given.size(1),
-        dgates.mutable_data_ptr<scalar_t>());
+  with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    cpu::sum_of_largest_backward(read<T>(given), read<T>(dgiven), pairs, given.size(1), write<T>(dgates));
   });
   return dgates;
 }
 
+// ---- the expert layers
+
+// A weight of an output layer, [width, experts * units] as published, as rows by half-expert. A weight that is stored
+// by columns (a transposed view) is used as it lies; any other is copied.
+Tensor expert_rows(const Tensor& v) {
+  if (v.t().is_contiguous()) return v.t();
+  const Tensor given = v.contiguous();
+  Tensor rows = at::empty({v.size(1), v.size(0)}, v.options());
+  with_type(v, [&](auto zero) {
+    using S = decltype(zero);
+    cpu::transpose(read<S>(given), v.size(0), v.size(1), write<S>(rows));
+  });
+  return rows;
+}
+
+// The gradient of such a weight, from rows by half-expert, as the weight is stored.
+Tensor expert_columns(const Tensor& rows, const Tensor& v) {
+  if (v.t().is_contiguous()) return rows.to(v.scalar_type()).t();
+  Tensor columns = at::empty(v.sizes(), v.options());
+  with_type(v, [&](auto zero) {
+    using S = decltype(zero);
+    cpu::transpose(read<Accumulator<S>>(rows), rows.size(0), rows.size(1), write<S>(columns));
+  });
+  return columns;
+}
+
+void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
+  TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
+      "], not ", weight.sizes());
+  TORCH_CHECK(
+      weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
+      like.scalar_type());
+}
+
+// One side of an expert layer: its gates in the type of sums, and what a pair needs.
+struct SideTensors {
+  SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
+      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {
+    TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
+    TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
+  }
+
+  template <class C>
+  cpu::Side<C> side() const {
+    return {pairs, read<C>(gates), gates.size(1)};
+  }
+  Tensor by_pair(int64_t units) const { return at::empty({pairs.count, units}, gates.options()); }
+
+  Pairs pairs;
+  Tensor gates;
+};
+
+template <class S>
+Tensor project(
+    const SideTensors& side, const Tensor& x, int64_t column, const Tensor& w, const Tensor* bias, int64_t units) {
+  Tensor out = side.by_pair(units);
+  cpu::project<S>(
+      side.pairs, read_rows<S>(x).from_column(column), read_rows<S>(w), bias ? read<S>(*bias) : nullptr, units,
+      w.size(1), write<Accumulator<S>>(out));
+  return out;
+}
+
+template <class S>
+Tensor weight_gradient(
+    const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, const Tensor& w) {
+  Tensor out = at::empty(w.sizes(), y.options());
+  cpu::weight_gradient<S>(
+      side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), w.size(1),
+      write<Accumulator<S>>(out));
+  return out;
+}
+
+template <class S>
+Tensor bias_gradient(const SideTensors& side, const Tensor& y, const Tensor& bias) {
+  Tensor out = at::empty(bias.sizes(), y.options());
+  cpu::bias_gradient(side.pairs, read<Accumulator<S>>(y), y.size(1), write<Accumulator<S>>(out));
+  return out.to(bias.scalar_type());
+}
+
+template <class S>
+cpu::Term<S> term(const SideTensors& side, const Tensor& y, const Tensor& w) {
+  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(w), y.size(1)};
+}
+
+template <class S>
+void combine(std::initializer_list<cpu::Term<S>> terms, int64_t columns, Tensor& out, int64_t first_column) {
+  cpu::combine<S>(terms.begin(), terms.size(), columns, {write<S>(out) + first_column, out.stride(0)});
+}
+
+// The weights of a vertical layer, checked and laid out for the kernels.
+struct VerticalWeights {
+  VerticalWeights(const Tensor& x, at::TensorList w, int64_t experts) {
+    TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
+    const int64_t d = x.size(1), inner = w[0].size(0);
+    TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
+    units = inner / experts;
+    check_matrix(x, w[0], inner, d, "u1");
+    check_matrix(x, w[2], inner, d, "u2");
+    check_matrix(x, w[1].unsqueeze(0), 1, inner, "u1's bias");
+    check_matrix(x, w[3].unsqueeze(0), 1, inner, "u2's bias");
+    for (const int i : {4, 5, 6, 7}) check_matrix(x, w[i], d / 2, inner, "v");
+    u1 = w[0].contiguous(), u1_bias = w[1].contiguous(), u2 = w[2].contiguous(), u2_bias = w[3].contiguous();
+    v11 = expert_rows(w[4]), v12 = expert_rows(w[5]), v21 = expert_rows(w[6]), v22 = expert_rows(w[7]);
+  }
+
+  int64_t units;
+  Tensor u1, u1_bias, u2, u2_bias, v11, v12, v21, v22;
+};
+
+template <class C>
+cpu::VerticalMix<C> vertical_mix(Tensor& own1, Tensor& cross1, Tensor& own2, Tensor& cross2) {
+  return {write<C>(own1), write<C>(cross1), write<C>(own2), write<C>(cross2)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> vertical_experts(
+    const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
+    at::TensorList weights) {
+  const Tensor x = tokens.contiguous();
+  const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const VerticalWeights w(x, weights, experts);
+  Tensor out = at::empty_like(x);
+  return with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = Accumulator<S>;
+    const Tensor s1 = project<S>(one, x, 0, w.u1, &w.u1_bias, w.units);
+    const Tensor s2 = project<S>(two, x, 0, w.u2, &w.u2_bias, w.units);
+    Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1);
+    Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2);
+    cpu::mix_vertical<C>(
+        one.side<C>(), two.side<C>(), read<C>(s1), read<C>(s2), w.units, vertical_mix<C>(own1, cross1, own2, cross2));
+    const int64_t half = x.size(1) / 2;
+    combine<S>({term<S>(one, own1, w.v11), term<S>(one, cross1, w.v12)}, half, out, 0);
+    combine<S>({term<S>(two, cross2, w.v21), term<S>(two, own2, w.v22)}, half, out, half);
+    return std::make_tuple(out, s1, s2);
+  });
+}
+
+std::vector<Tensor> vertical_experts_backward(
+    const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
+    Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1, const Tensor& s2) {
+  const Tensor x = tokens.contiguous(), d = dout.contiguous();
+  const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const VerticalWeights w(x, weights, experts);
+  Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
+  return with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = Accumulator<S>;
+    const int64_t half = x.size(1) / 2;
+    const Tensor down1 = project<S>(one, d, 0, w.v11, nullptr, w.units);
+    const Tensor dcross1 = project<S>(one, d, 0, w.v12, nullptr, w.units);
+    const Tensor dcross2 = project<S>(two, d, half, w.v21, nullptr, w.units);
+    const Tensor down2 = project<S>(two, d, half, w.v22, nullptr, w.units);
+
+    Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1), ds1 = at::empty_like(s1);
+    Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2), ds2 = at::empty_like(s2);
+    cpu::mix_vertical_backward<C>(
+        one.side<C>(), two.side<C>(), read<C>(s1), read<C>(s2), w.units,
+        {read<C>(down1), read<C>(dcross1), read<C>(down2), read<C>(dcross2)},
+        vertical_mix<C>(own1, cross1, own2, cross2), write<C>(ds1), write<C>(ds2), write<C>(dgates1),
+        write<C>(dgates2));
+
+    combine<S>({term<S>(one, ds1, w.u1), term<S>(two, ds2, w.u2)}, x.size(1), dx, 0);
+    const auto type = x.scalar_type();
+    return std::vector<Tensor>{
+        dx, dgates1, dgates2,
+        weight_gradient<S>(one, ds1, x, 0, w.u1).to(type), bias_gradient<S>(one, ds1, w.u1_bias),
+        weight_gradient<S>(two, ds2, x, 0, w.u2).to(type), bias_gradient<S>(two, ds2, w.u2_bias),
+        expert_columns(weight_gradient<S>(one, own1, d, 0, w.v11), weights[4]),
+        expert_columns(weight_gradient<S>(one, cross1, d, 0, w.v12), weights[5]),
+        expert_columns(weight_gradient<S>(two, cross2, d, half, w.v21), weights[6]),
+        expert_columns(weight_gradient<S>(two, own2, d, half, w.v22), weights[7])};
+  });
+}
+
+struct HorizontalWeights {
+  HorizontalWeights(const Tensor& x, at::TensorList w, int64_t experts) {
+    TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
+    const int64_t d = x.size(1), inner = w[0].size(0);
+    TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
+    units = inner / experts;
+    check_matrix(x, w[0], inner, d, "u");
+    check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
+    check_matrix(x, w[2], d, inner, "v");
+    u = w[0].contiguous(), u_bias = w[1].contiguous(), v = expert_rows(w[2]);
+  }
+
+  int64_t units;
+  Tensor u, u_bias, v;
+};
+
+std::tuple<Tensor, Tensor> horizontal_experts(
+    const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
+    at::TensorList weights) {
+  const Tensor x = tokens.contiguous();
+  const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const HorizontalWeights w(x, weights, experts);
+  Tensor out = at::empty_like(x);
+  return with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = Accumulator<S>;
+    const Tensor s1 = project<S>(one, x, 0, w.u, &w.u_bias, w.units);
+    Tensor y = two.by_pair(w.units);
+    cpu::mix_horizontal<C>(one.side<C>(), two.side<C>(), read<C>(s1), w.units, write<C>(y));
+    combine<S>({term<S>(two, y, w.v)}, x.size(1), out, 0);
+    return std::make_tuple(out, s1);
+  });
+}
+
+std::vector<Tensor> horizontal_experts_backward(
+    const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
+    Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1) {
+  const Tensor x = tokens.contiguous(), d = dout.contiguous();
+  const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const HorizontalWeights w(x, weights, experts);
+  Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
+  return with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    using C = Accumulator<S>;
+    const Tensor dy = project<S>(two, d, 0, w.v, nullptr, w.units);
+    Tensor y = at::empty_like(dy), ds1 = at::empty_like(s1);
+    cpu::mix_horizontal_backward<C>(
+        one.side<C>(), two.side<C>(), read<C>(s1), w.units, read<C>(dy), write<C>(y), write<C>(ds1),
+        write<C>(dgates1), write<C>(dgates2));
+    combine<S>({term<S>(one, ds1, w.u)}, x.size(1), dx, 0);
+    return std::vector<Tensor>{
+        dx, dgates1, dgates2, weight_gradient<S>(one, ds1, x, 0, w.u).to(x.scalar_type()),
+        bias_gradient<S>(one, ds1, w.u_bias), expert_columns(weight_gradient<S>(two, y, d, 0, w.v), weights[2])};
+  });
+}
+
+Tensor gate_totals(const SideTensors& side) {
+  Tensor totals = side.by_pair(1);
+  with_wide_type(totals, [&](auto zero) {
+    using C = decltype(zero);
+    cpu::gate_totals(side.side<C>(), write<C>(totals));
+  });
+  return totals;
+}
+
+// b [experts, width] is the output layer of half-experts with one unit, whose value is the sum of a pair's gates.
+Tensor expert_bias(const Tensor& gates, Layout layout, const Tensor& b) {
+  const Tensor rows = b.contiguous();
+  Tensor out = at::empty({layout[2].numel() - 1, b.size(1)}, b.options());
+  const SideTensors side(out, gates, layout, b.size(0));
+  const Tensor totals = gate_totals(side);
+  with_type(b, [&](auto zero) {
+    using S = decltype(zero);
+    combine<S>({term<S>(side, totals, rows)}, b.size(1), out, 0);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> expert_bias_backward(
+    const Tensor& dout, const Tensor& gates, Layout layout, const Tensor& b) {
+  const Tensor rows = b.contiguous(), d = dout.contiguous();
+  const SideTensors side(d, gates, layout, b.size(0));
+  Tensor dgates = at::empty_like(side.gates);
+  return with_type(b, [&](auto zero) {
+    using S = decltype(zero);
+    using C = Accumulator<S>;
+    const Tensor dtotals = project<S>(side, d, 0, rows, nullptr, 1);
+    cpu::gate_totals_backward(side.side<C>(), read<C>(dtotals), write<C>(dgates));
+    return std::make_tuple(dgates, weight_gradient<S>(side, gate_totals(side), d, 0, rows).to(b.scalar_type()));
+  });
+}
+
 std::string built_with() { return MONET_TORCH_VERSION; }
+std::string instruction_set() { return cpu::instruction_set(); }
+bool select_instruction_set(const std::string& name) { return cpu::select_instruction_set(name.c_str()); }
 
 }  // namespace
 }  // namespace monet
 
 TORCH_LIBRARY(monet, m) {
   m.def("built_with() -> str", &monet::built_with);
+  m.def("instruction_set() -> str", &monet::instruction_set);
+  m.def("select_instruction_set(str name) -> bool", &monet::select_instruction_set);
   m.def("head_moments(Tensor logits) -> Tensor");
   m.def("route(Tensor logits, Tensor threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("route_backward(Tensor gates, Tensor dgates, Tensor[] layout, int experts) -> Tensor");
@@ -198,6 +508,20 @@ TORCH_LIBRARY(monet, m) {
   m.def("sum_over_tokens_backward(Tensor dtotals, Tensor[] layout) -> Tensor");
   m.def("sum_of_largest(Tensor gates, Tensor[] layout, int experts) -> Tensor");
   m.def("sum_of_largest_backward(Tensor gates, Tensor dtotals, Tensor[] layout, int experts) -> Tensor");
+  m.def(
+      "vertical_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
+      "Tensor[] weights) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "vertical_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
+      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1, Tensor s2) -> Tensor[]");
+  m.def(
+      "horizontal_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
+      "Tensor[] weights) -> (Tensor, Tensor)");
+  m.def(
+      "horizontal_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
+      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1) -> Tensor[]");
+  m.def("expert_bias(Tensor gates, Tensor[] layout, Tensor b) -> Tensor");
+  m.def("expert_bias_backward(Tensor dout, Tensor gates, Tensor[] layout, Tensor b) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(monet, CPU, m) {
@@ -210,4 +534,10 @@ TORCH_LIBRARY_IMPL(monet, CPU, m) {
   m.impl("sum_over_tokens_backward", &monet::sum_over_tokens_backward);
   m.impl("sum_of_largest", &monet::sum_of_largest);
   m.impl("sum_of_largest_backward", &monet::sum_of_largest_backward);
+  m.impl("vertical_experts", &monet::vertical_experts);
+  m.impl("vertical_experts_backward", &monet::vertical_experts_backward);
+  m.impl("horizontal_experts", &monet::horizontal_experts);
+  m.impl("horizontal_experts_backward", &monet::horizontal_experts_backward);
+  m.impl("expert_bias", &monet::expert_bias);
+  m.impl("expert_bias_backward", &monet::expert_bias_backward);
 }

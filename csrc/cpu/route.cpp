@@ -121,7 +121,7 @@ template <class T>
 void mark_active(
     const T* logits, const T* threshold, int64_t tokens, int64_t heads, int64_t experts, const Marks<T>& marks,
     int32_t* row_start) {
-  const int64_t words = Marks<T>::words(experts);
+  const int64_t words = mark_words(experts);
   for_each_chunk(tokens, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<uint8_t> flags(words * 64);
     for (int64_t t = begin; t < end; ++t) {
@@ -156,7 +156,7 @@ void mark_active(
 void place_pairs(
     const uint64_t* active, int64_t tokens, int64_t experts, const int32_t* row_start, int32_t* token,
     int32_t* group_start, int32_t* row_pair) {
-  const int64_t words = Marks<float>::words(experts);
+  const int64_t words = mark_words(experts);
   const int64_t blocks = ceil_div(tokens, kBlockTokens);
   for_each_task(blocks, [&](int64_t block) {
     const int64_t begin = block * kBlockTokens, end = smaller(tokens, begin + kBlockTokens);
@@ -182,7 +182,7 @@ void place_pairs(
 
 template <class T>
 void active_softmax(const T* logits, const Marks<T>& marks, const Pairs& pairs, int64_t heads, T* gates) {
-  const int64_t words = Marks<T>::words(pairs.experts);
+  const int64_t words = mark_words(pairs.experts);
   for_each_chunk(pairs.tokens, [&](int64_t, int64_t begin, int64_t end) {
     std::vector<T> sum(heads);
     for (int64_t t = begin; t < end; ++t) {

@@ -14,12 +14,11 @@ void head_moments(const T* logits, int64_t tokens, int64_t heads, int64_t expert
 // What is known of each token after a first look at its logits.
 template <class T>
 struct Marks {
-  uint64_t* active;  // [tokens, words(experts)]  one bit a half-expert: active in some head
-  T* largest;        // [tokens, heads]           largest logit; NaN where the whole row must be NaN
-  T* cut;            // [tokens, heads]           active from here on: min(largest, threshold)
-
-  static int64_t words(int64_t experts) { return (experts + 63) / 64; }
+  uint64_t* active;  // [tokens, mark_words]  one bit a half-expert: active in some head
+  T* largest;        // [tokens, heads]       largest logit; NaN where the whole row must be NaN
+  T* cut;            // [tokens, heads]       active from here on: min(largest, threshold)
 };
+inline int64_t mark_words(int64_t experts) { return (experts + 63) / 64; }
 
 // First pass: which half-experts are active. row_start [tokens + 1] receives the running count of pairs.
 template <class T>

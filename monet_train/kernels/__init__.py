@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monet_train.errors import UserError
-from monet_train.kernels import compact, extension, plain
+from monet_train.kernels import compact, experts, extension, plain
 from monet_train.kernels.compact import CompactGates
 from monet_train.kernels.gates import DenseGates, Gates
 
@@ -36,7 +36,7 @@ def describe(implementation: str, device: torch.device | str) -> str:
         return "expert kernels: plain PyTorch definition, as asked"
     reason = _why_not_native(torch.device(device))
     if reason is None:
-        return "expert kernels: native, sparse (CPU)"
+        return f"expert kernels: native, sparse (CPU, {torch.ops.monet.instruction_set()})"
     return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
 
 
@@ -65,16 +65,22 @@ def route(z: Tensor, threshold: Tensor, implementation: str = "auto") -> Gates:
 
 def vertical_experts(x: Tensor, g1: Gates, g2: Gates, *weights: Tensor) -> Tensor:
     """Vertical expert layer [T, d] -> [T, d] without output bias. See :func:`plain.vertical_experts`."""
+    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
+        return experts.vertical_experts(x, g1, g2, *weights)
     return plain.vertical_experts(x, g1.dense(), g2.dense(), *weights)
 
 
 def horizontal_experts(x: Tensor, g1: Gates, g2: Gates, *weights: Tensor) -> Tensor:
     """Horizontal expert layer [T, d] -> [T, d] without output bias. See :func:`plain.horizontal_experts`."""
+    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
+        return experts.horizontal_experts(x, g1, g2, *weights)
     return plain.horizontal_experts(x, g1.dense(), g2.dense(), *weights)
 
 
 def expert_bias(g: Gates, b: Tensor) -> Tensor:
     """Output bias of one side, [T, width]. See :func:`plain.expert_bias`."""
+    if isinstance(g, CompactGates):
+        return experts.expert_bias(g, b)
     return plain.expert_bias(g.dense(), b)
 
 

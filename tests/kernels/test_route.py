@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -12,8 +13,7 @@ from torch import Tensor
 from monet_train import kernels
 from monet_train.errors import UserError
 from monet_train.kernels import CompactGates, DenseGates, extension, plain
-
-native = pytest.mark.skipif(extension.missing() is not None, reason=f"native kernels: {extension.missing()}")
+from tests.kernels.conftest import fixed_weights, normal_threshold
 
 
 @dataclass
@@ -27,9 +27,8 @@ class Case:
 def case(tokens: int, heads: int, experts: int, k: float, seed: int = 0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(tokens, heads, experts, generator=generator, dtype=torch.float64)
-    tau = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * k / experts, dtype=torch.float64))
     # rounded to fp32, so that both precisions compare the same numbers
-    return Case(z.float().double(), tau.float().double().expand(heads).clone())
+    return Case(z.float().double(), normal_threshold(heads, experts, k).float().double())
 
 
 def all_active() -> Case:
@@ -77,12 +76,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def weights_like(tensor: Tensor) -> Tensor:
-    """Fixed weights that make a scalar of a tensor, so that its gradient tells every entry apart."""
-    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-@native
+@pytest.mark.usefixtures("native")
 def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype) -> None:
     z = routed.z.to(dtype, copy=True).requires_grad_()
     gates = kernels.route(z, routed.threshold.to(dtype), "native")
@@ -94,30 +88,30 @@ def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype) -> None:
     torch.testing.assert_close(dense.double(), reference, rtol=0, atol=TOLERANCE[dtype])
     assert torch.equal(dense != 0, reference != 0)
 
-    (dense * weights_like(dense).to(dtype)).sum().backward()
-    (reference * weights_like(reference)).sum().backward()
+    (dense * fixed_weights(dense)).sum().backward()
+    (reference * fixed_weights(reference)).sum().backward()
     torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
 
 
-@native
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("method", ["total", "largest_total"])
 def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str) -> None:
     z, reference_z = routed.z.to(dtype, copy=True).requires_grad_(), routed.z.clone().requires_grad_()
     value = getattr(kernels.route(z, routed.threshold.to(dtype), "native"), method)()
     reference = getattr(DenseGates(plain.gates(reference_z, routed.threshold)), method)()
     torch.testing.assert_close(value.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    (value * weights_like(value).to(dtype)).sum().backward()
-    (reference * weights_like(reference)).sum().backward()
+    (value * fixed_weights(value)).sum().backward()
+    (reference * fixed_weights(reference)).sum().backward()
     torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_active_pairs(routed: Case) -> None:
     gates = kernels.route(routed.z.float(), routed.threshold.float(), "native")
     assert gates.active() == DenseGates(plain.gates(routed.z, routed.threshold)).active()
 
 
-@native
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("value", "row_is_nan"), [(math.nan, True), (math.inf, True), (-math.inf, False)])
 def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool) -> None:
     found = case(20, 3, 70, 4)
@@ -128,7 +122,7 @@ def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool) -> None:
     assert dense.isnan().sum() == (70 if row_is_nan else 0)
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_a_threshold_that_is_nan() -> None:
     found = case(20, 3, 70, 4)
     found.threshold[2] = math.nan
@@ -137,7 +131,7 @@ def test_a_threshold_that_is_nan() -> None:
     assert dense[:, 2].isnan().all()
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_nan_reaches_the_sums() -> None:
     found = case(20, 3, 70, 4)
     found.z[7, 1, 13] = math.nan
@@ -146,38 +140,33 @@ def test_nan_reaches_the_sums() -> None:
     assert torch.equal(gates.largest_total().isnan(), torch.tensor([False, True, False]))
 
 
-@native
-def test_same_bits_with_any_number_of_threads() -> None:
+@pytest.mark.usefixtures("native")
+def test_same_bits_with_any_number_of_threads(with_threads: Callable[[int], None]) -> None:
     found = case(1500, 4, 96, 6)
 
     def run(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
+        with_threads(threads)
         z = found.z.float().requires_grad_()
         gates = kernels.route(z, found.threshold.float(), "native")
         total = gates.total()
-        (total * weights_like(total).float()).sum().backward()
+        (total * fixed_weights(total)).sum().backward()
         return [gates.values, *gates.layout.tensors(), total, kernels.head_moments(z), z.grad]
 
-    threads = torch.get_num_threads()
-    try:
-        first, second = run(1), run(3)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_map_carries_the_gradient() -> None:
     found = case(10, 2, 32, 3)
     z = found.z.requires_grad_()
     gates = kernels.route(z, found.threshold, "native")
-    (gates.map(lambda values: 3 * values).dense() * weights_like(z)).sum().backward()
+    (gates.map(lambda values: 3 * values).dense() * fixed_weights(z)).sum().backward()
     tripled, z.grad = z.grad, None
-    (kernels.route(z, found.threshold, "native").dense() * weights_like(z)).sum().backward()
+    (kernels.route(z, found.threshold, "native").dense() * fixed_weights(z)).sum().backward()
     torch.testing.assert_close(tripled, 3 * z.grad)
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_strided_logits() -> None:
     found = case(12, 4, 30, 3)
     strided = found.z.permute(2, 1, 0).contiguous().permute(2, 1, 0)
@@ -186,13 +175,13 @@ def test_strided_logits() -> None:
     )
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_head_moments(routed: Case) -> None:
     z = routed.z.float() + 3
     torch.testing.assert_close(kernels.head_moments(z), plain.head_moments(z), rtol=1e-12, atol=1e-9)
 
 
-@native
+@pytest.mark.usefixtures("native")
 def test_auto_is_native_for_fp32_only() -> None:
     found = case(5, 2, 16, 2)
     assert isinstance(kernels.route(found.z.float(), found.threshold.float()), CompactGates)

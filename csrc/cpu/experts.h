@@ -1,0 +1,86 @@
+// The expert layers on the CPU: only active (token, half-expert) pairs are computed. S is the type of activations and
+// weights; gates, sums and everything kept per pair are of type C, the accumulator of S.
+//
+// Weights are rows by half-expert: row i * units + u belongs to unit u of half-expert i.
+#pragma once
+
+#include <cstdint>
+
+#include "../pairs.h"
+#include "products.h"
+
+namespace monet::cpu {
+
+// Gates of one side: values [pairs, heads].
+template <class C>
+struct Side {
+  const Pairs& pairs;
+  const C* gates;
+  int64_t heads;
+};
+
+// out[p] = w_i x_t + bias_i for pair p = (t, i): [pairs, units]. bias [experts * units] may be null.
+template <class S>
+void project(
+    const Pairs& pairs, Rows<const S> x, Rows<const S> w, const S* bias, int64_t units, int64_t columns,
+    Accumulator<S>* out);
+
+// A sum over the pairs of one side: y [pairs, units] times the rows of w.
+template <class S>
+struct Term {
+  const Pairs& pairs;
+  const Accumulator<S>* y;
+  Rows<const S> w;
+  int64_t units;
+};
+
+// out[t] = sum over the terms and the pairs p of token t of y[p] w_i: [tokens, columns].
+template <class S>
+void combine(const Term<S>* terms, int64_t term_count, int64_t columns, Rows<S> out);
+
+// out_i = sum over the pairs p of half-expert i of y[p]^T x_t: [experts * units, columns].
+template <class S>
+void weight_gradient(
+    const Pairs& pairs, const Accumulator<S>* y, Rows<const S> x, int64_t units, int64_t columns,
+    Accumulator<S>* out);
+
+// out_i = sum over the pairs p of half-expert i of y[p]: [experts, units].
+template <class C>
+void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out);
+
+// Between the input and the output layer of the vertical form, with a = relu(s1)^2 and c = relu(s2)^2:
+//   own1_i = a_i sum_h g1_hi       cross1_i = sum_h g1_hi sum_j g2_hj c_j       [pairs of side 1, units]
+//   own2_j = c_j sum_h g2_hj       cross2_j = sum_h g2_hj sum_i g1_hi a_i       [pairs of side 2, units]
+template <class C>
+struct VerticalMix {
+  C *own1, *cross1, *own2, *cross2;
+};
+template <class C>
+void mix_vertical(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix);
+
+// From the gradients of the mix those of s1, s2 and the gates; forms the mix again, for the weights' gradients.
+template <class C>
+void mix_vertical_backward(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
+    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2);
+
+// The same of the horizontal form: y_j = sum_h g2_hj sum_i g1_hi a_i, [pairs of side 2, units].
+template <class C>
+void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y);
+template <class C>
+void mix_horizontal_backward(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
+    C* dgates2);
+
+// The sum of each pair's gates over the heads, [pairs], and the gradient of it.
+template <class C>
+void gate_totals(const Side<C>& side, C* totals);
+template <class C>
+void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates);
+
+// out = in^T for in [rows, columns].
+template <class From, class To>
+void transpose(const From* in, int64_t rows, int64_t columns, To* out);
+
+}  // namespace monet::cpu

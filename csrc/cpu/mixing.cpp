@@ -1,0 +1,237 @@
+// What happens to a token between the input and the output layer of its half-experts.
+#include <algorithm>
+#include <vector>
+
+#include "../parallel.h"
+#include "experts.h"
+
+namespace monet::cpu {
+namespace {
+
+constexpr int64_t kTaskTokens = 64;
+
+// relu(s)^2, but NaN for -inf: what is not finite must not become 0.
+template <class C>
+inline C relu_squared(C s) {
+  return s * (s < 0 ? C{0} : s);
+}
+template <class C>
+inline C relu_squared_slope(C s) {
+  return s < 0 ? 0 * s : 2 * s;
+}
+
+template <class C>
+inline C dot(const C* a, const C* b, int64_t units) {
+  C sum = 0;
+  for (int64_t u = 0; u < units; ++u) sum += a[u] * b[u];
+  return sum;
+}
+
+// One side of one token. "By pair" is [pairs, units] over all tokens, "by head" is [heads, units] of this token.
+template <class C>
+class TokenSide {
+ public:
+  TokenSide(const Side<C>& side, int64_t token, int64_t units)
+      : gates_(side.gates), heads_(side.heads), units_(units),
+        first_(side.pairs.row_pair + side.pairs.row_start[token]),
+        last_(side.pairs.row_pair + side.pairs.row_start[token + 1]) {}
+
+  void activate(const C* s, C* a) const {
+    for_each_unit([&](int64_t at) { a[at] = relu_squared(s[at]); });
+  }
+
+  // ds = slope of the activation at s times da.
+  void activate_backward(const C* s, const C* da, C* ds) const {
+    for_each_unit([&](int64_t at) { ds[at] = relu_squared_slope(s[at]) * da[at]; });
+  }
+
+  // by_head[h] = sum over the pairs of gate_h by_pair.
+  void gather(const C* by_pair, C* by_head) const {
+    std::fill(by_head, by_head + heads_ * units_, C{0});
+    for_each_active([&](int64_t pair, int64_t h, C gate) {
+      for (int64_t u = 0; u < units_; ++u) by_head[h * units_ + u] += gate * by_pair[pair * units_ + u];
+    });
+  }
+
+  // by_pair = sum over the heads of gate_h by_head[h].
+  void spread(const C* by_head, C* by_pair) const {
+    for_each_unit([&](int64_t at) { by_pair[at] = 0; });
+    for_each_active([&](int64_t pair, int64_t h, C gate) {
+      for (int64_t u = 0; u < units_; ++u) by_pair[pair * units_ + u] += gate * by_head[h * units_ + u];
+    });
+  }
+
+  // Gradient of a gate in gather (by_head: its gradient) or spread (by_pair: its gradient).
+  void add_gate_gradient(const C* by_head, const C* by_pair, C* dgates) const {
+    for_each_active([&](int64_t pair, int64_t h, C) {
+      dgates[pair * heads_ + h] += dot(by_head + h * units_, by_pair + pair * units_, units_);
+    });
+  }
+
+  // out (+)= sum of the pair's gates times by_pair.
+  template <bool add>
+  void scale_by_total(const C* by_pair, C* out) const {
+    for (const int32_t* pair = first_; pair != last_; ++pair) {
+      C total = 0;
+      for (int64_t h = 0; h < heads_; ++h) total += gates_[*pair * heads_ + h];
+      for (int64_t u = 0, at = *pair * units_; u < units_; ++u)
+        out[at + u] = (add ? out[at + u] : C{0}) + total * by_pair[at + u];
+    }
+  }
+  void add_total_gradient(const C* by_pair, const C* dout, C* dgates) const {
+    for_each_active([&](int64_t pair, int64_t h, C) {
+      dgates[pair * heads_ + h] += dot(by_pair + pair * units_, dout + pair * units_, units_);
+    });
+  }
+
+ private:
+  template <class F>
+  void for_each_unit(const F& f) const {
+    for (const int32_t* pair = first_; pair != last_; ++pair)
+      for (int64_t u = 0; u < units_; ++u) f(*pair * units_ + u);
+  }
+
+  // Heads in which the gate is not 0: about one a pair.
+  template <class F>
+  void for_each_active(const F& f) const {
+    for (const int32_t* pair = first_; pair != last_; ++pair)
+      for (int64_t h = 0; h < heads_; ++h)
+        if (const C gate = gates_[*pair * heads_ + h]; gate != 0) f(int64_t{*pair}, h, gate);
+  }
+
+  const C* gates_;
+  int64_t heads_, units_;
+  const int32_t *first_, *last_;
+};
+
+// f(token, scratch) for every token, with room for `count` arrays by head.
+template <class C, class F>
+void for_each_token(int64_t tokens, int64_t count, const F& f) {
+  for_each_task(ceil_div(tokens, kTaskTokens), [&](int64_t task) {
+    std::vector<C> scratch(count);
+    for (int64_t t = task * kTaskTokens; t < smaller(tokens, (task + 1) * kTaskTokens); ++t) f(t, scratch.data());
+  });
+}
+
+}  // namespace
+
+template <class C>
+void mix_vertical(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix) {
+  const int64_t by_head = side1.heads * units;
+  for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* scratch) {
+    const TokenSide<C> one(side1, t, units), two(side2, t, units);
+    C *mixed_a = scratch, *mixed_c = scratch + by_head;
+    one.activate(s1, mix.own1);
+    two.activate(s2, mix.own2);
+    one.gather(mix.own1, mixed_a);
+    two.gather(mix.own2, mixed_c);
+    one.spread(mixed_c, mix.cross1);
+    two.spread(mixed_a, mix.cross2);
+    one.template scale_by_total<false>(mix.own1, mix.own1);
+    two.template scale_by_total<false>(mix.own2, mix.own2);
+  });
+}
+
+template <class C>
+void mix_vertical_backward(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
+    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2) {
+  const int64_t by_head = side1.heads * units;
+  std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
+  std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
+  for_each_token<C>(side1.pairs.tokens, 4 * by_head, [&](int64_t t, C* scratch) {
+    const TokenSide<C> one(side1, t, units), two(side2, t, units);
+    C *mixed_a = scratch, *mixed_c = mixed_a + by_head, *dmixed_a = mixed_c + by_head, *dmixed_c = dmixed_a + by_head;
+    one.activate(s1, mix.own1);
+    two.activate(s2, mix.own2);
+    one.gather(mix.own1, mixed_a);
+    two.gather(mix.own2, mixed_c);
+    one.spread(mixed_c, mix.cross1);
+    two.spread(mixed_a, mix.cross2);
+    one.gather(dmix.cross1, dmixed_c);
+    two.gather(dmix.cross2, dmixed_a);
+
+    const auto side_backward = [&](const TokenSide<C>& side, const C* s, C* own, const C* down, const C* dcross,
+                                   const C* mixed_other, const C* dmixed, C* ds, C* dgates) {
+      side.add_gate_gradient(mixed_other, dcross, dgates);
+      side.add_gate_gradient(dmixed, own, dgates);
+      side.add_total_gradient(own, down, dgates);
+      side.spread(dmixed, ds);
+      side.template scale_by_total<true>(down, ds);
+      side.activate_backward(s, ds, ds);
+      side.template scale_by_total<false>(own, own);
+    };
+    side_backward(one, s1, mix.own1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, ds1, dgates1);
+    side_backward(two, s2, mix.own2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, ds2, dgates2);
+  });
+}
+
+template <class C>
+void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y) {
+  std::vector<C> a(side1.pairs.count * units);
+  for_each_token<C>(side1.pairs.tokens, side1.heads * units, [&](int64_t t, C* mixed) {
+    const TokenSide<C> one(side1, t, units), two(side2, t, units);
+    one.activate(s1, a.data());
+    one.gather(a.data(), mixed);
+    two.spread(mixed, y);
+  });
+}
+
+template <class C>
+void mix_horizontal_backward(
+    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
+    C* dgates2) {
+  const int64_t by_head = side1.heads * units;
+  std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
+  std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
+  for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* mixed) {
+    const TokenSide<C> one(side1, t, units), two(side2, t, units);
+    C* dmixed = mixed + by_head;
+    C* a = ds1;  // until its gradient takes the place
+    one.activate(s1, a);
+    one.gather(a, mixed);
+    two.spread(mixed, y);
+    two.gather(dy, dmixed);
+    two.add_gate_gradient(mixed, dy, dgates2);
+    one.add_gate_gradient(dmixed, a, dgates1);
+    one.spread(dmixed, ds1);
+    one.activate_backward(s1, ds1, ds1);
+  });
+}
+
+template <class C>
+void gate_totals(const Side<C>& side, C* totals) {
+  for_each_task(ceil_div(side.pairs.count, 4096), [&](int64_t task) {
+    for (int64_t pair = task * 4096; pair < smaller(side.pairs.count, (task + 1) * 4096); ++pair) {
+      totals[pair] = 0;
+      for (int64_t h = 0; h < side.heads; ++h) totals[pair] += side.gates[pair * side.heads + h];
+    }
+  });
+}
+
+template <class C>
+void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates) {
+  for_each_task(ceil_div(side.pairs.count, 4096), [&](int64_t task) {
+    for (int64_t pair = task * 4096; pair < smaller(side.pairs.count, (task + 1) * 4096); ++pair)
+      for (int64_t h = 0; h < side.heads; ++h)
+        dgates[pair * side.heads + h] = side.gates[pair * side.heads + h] == 0 ? C{0} : dtotals[pair];
+  });
+}
+
+#define INSTANTIATE(C)                                                                                           \
+  template void mix_vertical(                                                                                    \
+      const Side<C>&, const Side<C>&, const C*, const C*, int64_t, const VerticalMix<C>&);                       \
+  template void mix_vertical_backward(                                                                           \
+      const Side<C>&, const Side<C>&, const C*, const C*, int64_t, const VerticalMix<const C>&,                  \
+      const VerticalMix<C>&, C*, C*, C*, C*);                                                                    \
+  template void mix_horizontal(const Side<C>&, const Side<C>&, const C*, int64_t, C*);                           \
+  template void mix_horizontal_backward(                                                                         \
+      const Side<C>&, const Side<C>&, const C*, int64_t, const C*, C*, C*, C*, C*);                              \
+  template void gate_totals(const Side<C>&, C*);                                                                 \
+  template void gate_totals_backward(const Side<C>&, const C*, C*)
+INSTANTIATE(float);
+INSTANTIATE(double);
+#undef INSTANTIATE
+
+}  // namespace monet::cpu

@@ -1,0 +1,54 @@
+// The three products that all expert layers are made of, on one group: a few tokens with one half-expert's weights.
+// n pairs of the group, u weight rows ("units"), k columns; C is the type of sums.
+#pragma once
+
+#include <cstdint>
+
+#include "../numbers.h"
+
+namespace monet::cpu {
+
+// Rows of a matrix; row i begins at data + i * stride.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+
+  T* row(int64_t i) const { return data + i * stride; }
+  Rows from_column(int64_t column) const { return {data + column, stride}; }
+};
+
+template <class S>
+struct Products {
+  using C = Accumulator<S>;
+
+  // out[p][u] += sum over k of x[token[p]][k] w[u][k]
+  void (*dot)(Rows<const S> x, const int32_t* token, int64_t pairs, Rows<const S> w, int64_t units, int64_t columns,
+              Rows<C> out);
+  // out[token[p] - first_token][k] += sum over u of y[p][u] w[u][k]
+  void (*scatter)(Rows<const C> y, const int32_t* token, int32_t first_token, int64_t pairs, Rows<const S> w,
+                  int64_t units, int64_t columns, Rows<C> out);
+  // out[u][k] += sum over p of y[p][u] x[token[p]][k]
+  void (*outer)(Rows<const C> y, Rows<const S> x, const int32_t* token, int64_t pairs, int64_t units,
+                int64_t columns, Rows<C> out);
+};
+
+// Those of the best instruction set of this machine, unless another was selected.
+template <class S>
+const Products<S>& products();
+
+// "AVX-512", "AVX2" or "portable".
+const char* instruction_set();
+// Takes another one from now on, to test it or to compare; false where the machine does not have it.
+bool select_instruction_set(const char* name);
+
+// One for each instruction set; AVX on x86-64 only.
+struct ProductsOfAllTypes {
+  const char* instruction_set;
+  Products<float> fp32;
+  Products<BFloat16> bf16;
+  Products<double> fp64;
+};
+extern const ProductsOfAllTypes products_portable, products_avx2, products_avx512;
+
+}  // namespace monet::cpu

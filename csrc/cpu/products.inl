@@ -1,0 +1,192 @@
+// The products of products.h for the instruction set this is compiled for. Before including it, define
+// MONET_VECTOR_BYTES, MONET_PRODUCTS (the table), MONET_NAME and the tile sizes: as many sums as the registers hold.
+
+#include "../parallel.h"
+#include "products.h"
+#include "vector.h"
+
+namespace monet::cpu {
+namespace {
+
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
+// f(Constant<n>) for an n in 1..max that is known only now.
+template <int max, class F>
+inline void with_constant(int64_t n, const F& f) {
+  if (n == max)
+    f(Constant<max>{});
+  else if constexpr (max > 1)
+    with_constant<max - 1>(n, f);
+}
+
+// Cuts 0..count-1 into as few parts of at most max as can be, of even size: f(begin, Constant<size>).
+template <int max, class F>
+inline void for_each_tile(int64_t count, const F& f) {
+  if (count == 0) return;
+  const int64_t even = ceil_div(count, ceil_div(count, max));
+  for (int64_t begin = 0; begin < count; begin += even)
+    with_constant<max>(smaller(even, count - begin), [&](auto size) { f(begin, size); });
+}
+
+// Reads a full vector, or the first few values at the end of a row.
+struct Full {
+  template <class S>
+  Values<Accumulator<S>> read(const S* from) const {
+    return load(from);
+  }
+  template <class C>
+  void write(C* to, Values<C> v) const {
+    store(to, v);
+  }
+};
+struct First {
+  int64_t count;
+  template <class S>
+  Values<Accumulator<S>> read(const S* from) const {
+    return load_first(from, count);
+  }
+  template <class C>
+  void write(C* to, Values<C> v) const {
+    store_first(to, v, count);
+  }
+};
+
+// f(column, Constant<vectors>, Full or First) over all columns: wide tiles, then single vectors, then the rest.
+template <class C, int max, class F>
+inline void for_each_column_tile(int64_t columns, const F& f) {
+  int64_t k = 0;
+  for (; k + max * lanes<C> <= columns; k += max * lanes<C>) f(k, Constant<max>{}, Full{});
+  for (; k + lanes<C> <= columns; k += lanes<C>) f(k, Constant<1>{}, Full{});
+  if (k < columns) f(k, Constant<1>{}, First{columns - k});
+}
+
+template <class S, int pairs, int units>
+void dot_tile(Rows<const S> x, const int32_t* token, Rows<const S> w, int64_t columns, Rows<Accumulator<S>> out) {
+  using C = Accumulator<S>;
+  const S* row[pairs];
+  for (int p = 0; p < pairs; ++p) row[p] = x.row(token[p]);
+  Values<C> sum[pairs * units] = {};
+  const auto step = [&](int64_t k, const auto& part) {
+    Values<C> weight[units];
+#pragma GCC unroll 16
+    for (int u = 0; u < units; ++u) weight[u] = part.read(w.row(u) + k);
+#pragma GCC unroll 16
+    for (int p = 0; p < pairs; ++p) {
+      const Values<C> value = part.read(row[p] + k);
+#pragma GCC unroll 16
+      for (int u = 0; u < units; ++u) sum[p * units + u] += value * weight[u];
+    }
+  };
+  int64_t k = 0;
+  for (; k + lanes<C> <= columns; k += lanes<C>) step(k, Full{});
+  if (k < columns) step(k, First{columns - k});
+  C total[pairs * units];
+  sum_lanes<C, pairs * units>(sum, total);
+  for (int p = 0; p < pairs; ++p)
+    for (int u = 0; u < units; ++u) out.row(p)[u] += total[p * units + u];
+}
+
+template <class S>
+void dot(
+    Rows<const S> x, const int32_t* token, int64_t pairs, Rows<const S> w, int64_t units, int64_t columns,
+    Rows<Accumulator<S>> out) {
+  for_each_tile<DOT_UNITS>(units, [&](int64_t u, auto tile_units) {
+    for_each_tile<DOT_PAIRS>(pairs, [&](int64_t p, auto tile_pairs) {
+      dot_tile<S, tile_pairs.value, tile_units.value>(
+          x, token + p, {w.row(u), w.stride}, columns, {out.row(p) + u, out.stride});
+    });
+  });
+}
+
+template <class S, int pairs, int vectors, class Part>
+void scatter_tile(
+    Rows<const Accumulator<S>> y, const int32_t* token, int32_t first_token, Rows<const S> w, int64_t units,
+    Rows<Accumulator<S>> out, const Part& part) {
+  using C = Accumulator<S>;
+  C* row[pairs];
+  for (int p = 0; p < pairs; ++p) row[p] = out.row(token[p] - first_token);
+  Values<C> sum[pairs][vectors];
+#pragma GCC unroll 16
+  for (int p = 0; p < pairs; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) sum[p][v] = part.read(row[p] + v * lanes<C>);
+  for (int64_t u = 0; u < units; ++u) {
+    Values<C> weight[vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) weight[v] = part.read(w.row(u) + v * lanes<C>);
+#pragma GCC unroll 16
+    for (int p = 0; p < pairs; ++p) {
+      const C factor = y.row(p)[u];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) sum[p][v] += weight[v] * factor;
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < pairs; ++p)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) part.write(row[p] + v * lanes<C>, sum[p][v]);
+}
+
+template <class S>
+void scatter(
+    Rows<const Accumulator<S>> y, const int32_t* token, int32_t first_token, int64_t pairs, Rows<const S> w,
+    int64_t units, int64_t columns, Rows<Accumulator<S>> out) {
+  for_each_column_tile<Accumulator<S>, SCATTER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
+    for_each_tile<SCATTER_PAIRS>(pairs, [&](int64_t p, auto tile_pairs) {
+      scatter_tile<S, tile_pairs.value, vectors.value>(
+          {y.row(p), y.stride}, token + p, first_token, w.from_column(k), units, out.from_column(k), part);
+    });
+  });
+}
+
+template <class S, int units, int vectors, class Part>
+void outer_tile(
+    Rows<const Accumulator<S>> y, Rows<const S> x, const int32_t* token, int64_t pairs, Rows<Accumulator<S>> out,
+    const Part& part) {
+  using C = Accumulator<S>;
+  Values<C> sum[units][vectors];
+#pragma GCC unroll 16
+  for (int u = 0; u < units; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) sum[u][v] = part.read(out.row(u) + v * lanes<C>);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const S* row = x.row(token[p]);
+    Values<C> value[vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) value[v] = part.read(row + v * lanes<C>);
+#pragma GCC unroll 16
+    for (int u = 0; u < units; ++u) {
+      const C factor = y.row(p)[u];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) sum[u][v] += value[v] * factor;
+    }
+  }
+#pragma GCC unroll 16
+  for (int u = 0; u < units; ++u)
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) part.write(out.row(u) + v * lanes<C>, sum[u][v]);
+}
+
+template <class S>
+void outer(
+    Rows<const Accumulator<S>> y, Rows<const S> x, const int32_t* token, int64_t pairs, int64_t units,
+    int64_t columns, Rows<Accumulator<S>> out) {
+  for_each_column_tile<Accumulator<S>, OUTER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
+    for_each_tile<OUTER_UNITS>(units, [&](int64_t u, auto tile_units) {
+      outer_tile<S, tile_units.value, vectors.value>(
+          y.from_column(u), x.from_column(k), token, pairs, {out.row(u) + k, out.stride}, part);
+    });
+  });
+}
+
+template <class S>
+constexpr Products<S> table = {dot<S>, scatter<S>, outer<S>};
+
+}  // namespace
+
+const ProductsOfAllTypes MONET_PRODUCTS = {MONET_NAME, table<float>, table<BFloat16>, table<double>};
+
+}  // namespace monet::cpu

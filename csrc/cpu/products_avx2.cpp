@@ -1,0 +1,12 @@
+#if defined(__AVX2__)
+#define MONET_VECTOR_BYTES 32
+#define MONET_PRODUCTS products_avx2
+#define MONET_NAME "AVX2"
+#define DOT_PAIRS 3
+#define DOT_UNITS 3
+#define SCATTER_PAIRS 4
+#define SCATTER_VECTORS 2
+#define OUTER_UNITS 4
+#define OUTER_VECTORS 2
+#include "products.inl"
+#endif
