@@ -7,6 +7,7 @@ the newest. A step folder and a Hugging Face folder have the same ``config.json`
 from __future__ import annotations
 
 import json
+import pickle
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -180,5 +181,6 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{file} cannot be read (truncated?): {error}") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be read (truncated?): {first_line}") from None

@@ -150,9 +150,9 @@ def main() -> None:
     if max(prompt) >= model.config.vocab_size:
         raise UserError(f"{tokenizer_file} is not the tokenizer of {folder}: its ids exceed the vocabulary")
 
-    eos = special_token_ids(tokenizer_file, model.config).get("eos", model.config.eos_token_id)
+    end = special_token_ids(tokenizer_file)["eos"]
     tokens = generate_tokens(
-        model, prompt, arguments.max_new_tokens, sampling, [eos], arguments.seed, not arguments.no_cache
+        model, prompt, arguments.max_new_tokens, sampling, [end], arguments.seed, not arguments.no_cache
     )
     for piece in stream_text(tokenizer, prompt, tokens):
         print(piece, end="", flush=True)

@@ -85,7 +85,7 @@ def write_tokenizer(file: Path, config: MonetConfig, folder: Path) -> dict[str, 
     else:
         tokenizer.save(str(folder / TOKENIZER_JSON))
         shutil.copyfile(file, folder / SENTENCEPIECE_MODEL)
-    special = special_token_ids(file, config)
+    special = special_token_ids(file)
     if not (folder / TOKENIZER_CONFIG).is_file():
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,18 +99,17 @@ def write_tokenizer(file: Path, config: MonetConfig, folder: Path) -> dict[str, 
     return {f"{name}_token_id": special[name] for name in ("bos", "eos") if name in special}
 
 
-def special_token_ids(file: Path, config: MonetConfig) -> dict[str, int]:
-    """Ids of ``bos``, ``eos``, ``unk`` and ``pad``, as far as the tokenizer has them.
+def special_token_ids(file: Path) -> dict[str, int]:
+    """Ids of ``bos``, ``eos`` and ``unk``, as far as the tokenizer has them: those that the shards were made with.
 
-    A SentencePiece model tells them; of a ``tokenizer.json`` they are what the model's configuration says.
+    Raises:
+        UserError: the file cannot be read, or has no end-of-text token.
     """
-    if file.suffix == ".json":
-        tokenizer = load_tokenizer(file)
-        ids = {"bos": config.bos_token_id, "eos": config.eos_token_id}
-        return {name: token_id for name, token_id in ids.items() if tokenizer.id_to_token(token_id) is not None}
-    model = SentencePieceProcessor(model_file=str(file))
-    ids = {"bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id(), "pad": model.pad_id()}
-    return {name: token_id for name, token_id in ids.items() if token_id >= 0}
+    from data_prep.tokenizers import load_tokenizer as load_for_data  # here, because it imports this package
+
+    record = load_for_data(file).record
+    ids = {"bos": record.bos_id, "eos": record.eos_id, "unk": record.unk_id}
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
 def convert_sentencepiece(file: Path) -> Tokenizer:

@@ -115,6 +115,11 @@ def index_a_missing_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def hide_code_in_a_torch_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Path("what unpickling would build")}, folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
@@ -134,6 +139,7 @@ def index_a_missing_shard(folder: Path) -> None:
         (change_config(moe_decompose="horizontal"), r"model\.safetensors lacks model\.layers\.0\.moe\.b "),
         (change_config(moe_experts=32), r"has shape .* config\.json makes"),
         (truncate, r"model\.safetensors cannot be read"),
+        (hide_code_in_a_torch_file, r"pytorch_model\.bin cannot be read"),
         (index_a_missing_shard, r"model-00002-of-00002\.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"holds no weights"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),

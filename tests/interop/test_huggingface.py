@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from monet_train.interop.export import save_pretrained
+from monet_train.interop.hf.modeling_monet import LogitStatistics, mask_for_attention
 from monet_train.interop.load import load_pretrained
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
@@ -118,6 +120,36 @@ def test_left_padding_changes_nothing(export: Path, answers: dict[str, Tensor]) 
     assert torch.equal(continued[:, 5:], expected)
 
 
+def test_padding_always_attends_to_something() -> None:
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    mask = mask_for_attention(padding, 1, 3, padding.device)
+    assert mask.shape == (2, 1, 3, 4)
+    assert mask[0, 0].tolist() == [[False, True, False, False], [False, False, True, False], [False, False, True, True]]
+    assert mask[1, 0].tolist() == [[True, True, False, False], [True, True, True, False], [True, True, True, True]]
+
+
+def test_statistics_move_like_those_of_a_batch_norm() -> None:
+    torch.manual_seed(0)
+    ours, reference = LogitStatistics(2), nn.BatchNorm1d(2, affine=False)
+    for logits in torch.randn(3, 2, 2, 4):  # few values: the variance must be unbiased
+        reference(logits)
+        values = logits.double().transpose(0, 1).flatten(1)
+        ours.update(values.mean(1), values.var(1, unbiased=False), torch.tensor(values.shape[1]))
+    for name, buffer in reference.named_buffers():
+        assert deviation(dict(ours.named_buffers())[name], buffer) < 1e-6, name
+
+
+def test_statistics_that_a_checkpoint_lacks_start_afresh(exports: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(exports["tiny_vertical"], tmp_path / "without")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in weights.items() if "norm1" not in n}, folder / "model.safetensors", {"format": "pt"})
+    router = load(folder).model.layers[0].router
+    assert router.norm1.running_mean.tolist() == [0, 0, 0]
+    assert router.norm1.running_var.tolist() == [1, 1, 1]
+    assert router.norm1.num_batches_tracked == 0
+    assert torch.equal(router.norm2.running_var, weights["model.layers.0.router.norm2.running_var"])
+
+
 def test_padding_stays_out_of_the_batch_statistics(export: Path, answers: dict[str, Tensor]) -> None:
     ids = answers["input_ids"]
     padded = torch.cat([ids, torch.full((len(ids), 6), 7)], 1)
@@ -131,6 +163,8 @@ def test_padding_stays_out_of_the_batch_statistics(export: Path, answers: dict[s
 def test_bf16_computes_what_our_model_computes(export: Path, answers: dict[str, Tensor]) -> None:
     ids = answers["input_ids"]
     ours = load_pretrained(export, dtype=torch.bfloat16)
+    for router in ours.model.routers():
+        router.implementation = "plain"  # what the export carries; the native kernels round elsewhere
     for model in (load(export, dtype=torch.bfloat16), load(export).to(torch.bfloat16)):
         assert model.lm_head.weight.dtype == torch.bfloat16
         assert model.model.layers[0].router.norm1.running_mean.dtype == torch.float32

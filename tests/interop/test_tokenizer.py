@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import sentencepiece_model_pb2 as spm_pb2
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 
 from monet_train.errors import UserError
@@ -82,6 +85,18 @@ def test_ids_are_those_of_sentencepiece(models: dict[str, Path], kind: str) -> N
         assert ids == expected or (kind.startswith("unigram") and same_up_to_ties(original, ids, expected)), text[:80]
 
 
+def test_merges_follow_the_scores_and_not_the_order_of_pieces(models: dict[str, Path], tmp_path: Path) -> None:
+    proto = spm_pb2.ModelProto()
+    proto.ParseFromString(models["bpe-code"].read_bytes())
+    normal = [index for index, piece in enumerate(proto.pieces) if piece.type == 1]
+    turned = [(proto.pieces[index].piece, proto.pieces[index].score) for index in reversed(normal)]
+    for index, (piece, score) in zip(normal, turned, strict=True):
+        proto.pieces[index].piece, proto.pieces[index].score = piece, score
+    (tmp_path / "turned.model").write_bytes(proto.SerializeToString())
+    original = SentencePieceProcessor(model_file=str(tmp_path / "turned.model"))
+    assert convert_sentencepiece(tmp_path / "turned.model").encode(TEXTS[0]).ids == original.encode(TEXTS[0])
+
+
 @pytest.mark.parametrize("kind", [kind for kind, options in KINDS.items() if "byte_fallback" in options])
 def test_text_survives_the_round_trip(models: dict[str, Path], kind: str) -> None:
     original = SentencePieceProcessor(model_file=str(models[kind]))
@@ -107,7 +122,6 @@ def test_transformers_reads_the_exported_tokenizer(models: dict[str, Path], kind
             assert tokenizer(text)["input_ids"] == original.encode(text)
             assert tokenizer.decode(original.encode(text)) == original.decode(original.encode(text))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
-    assert tokenizer.pad_token == ("<pad>" if "pad_id" in KINDS[kind] else None)
     assert tokenizer.model_max_length == model.config.max_position_embeddings
     assert (folder / "tokenizer.model").read_bytes() == models[kind].read_bytes()
 
@@ -119,7 +133,7 @@ def test_the_special_ids_of_the_tokenizer_go_into_the_export(tmp_path: Path) -> 
     )  # fmt: skip
     model = load_pretrained(GOLDEN / "tiny_vertical")
     file = tmp_path / "own.model"
-    assert special_token_ids(file, model.config) == {"eos": 0, "unk": 1}
+    assert special_token_ids(file) == {"eos": 0, "unk": 1}
     folder = save_pretrained(model, tmp_path / "export", file)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((folder / name).read_text())["eos_token_id"] == 0
@@ -137,6 +151,15 @@ def test_a_tokenizer_json_is_taken_over_with_its_companions(models: dict[str, Pa
     second = save_pretrained(model, tmp_path / "second", first / "tokenizer.json")
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         assert (second / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_a_tokenizer_json_without_companions_keeps_its_own_end_token(tmp_path: Path) -> None:
+    words = {"<|endoftext|>": 0, "one": 1, "two": 2}
+    Tokenizer(WordLevel(words, unk_token="<|endoftext|>")).save(str(tmp_path / "tokenizer.json"))
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    folder = save_pretrained(model, tmp_path / "export", tmp_path / "tokenizer.json")
+    assert load_pretrained(folder).config.eos_token_id == 0
+    assert AutoTokenizer.from_pretrained(folder, trust_remote_code=True).eos_token == "<|endoftext|>"
 
 
 def test_a_tokenizer_of_another_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
