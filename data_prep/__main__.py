@@ -115,7 +115,9 @@ def build_parser() -> Parser:
 
     shards = command("shards", "tokenize documents into memory-mapped shards")
     _add_sources(shards)
-    shards.add_argument("--tokenizer", type=Path, required=True, help="folder, SentencePiece .model or tokenizer.json")
+    shards.add_argument(
+        "--tokenizer", type=Path, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
+    )
     shards.add_argument("--out", type=Path, required=True, help="folder for the shards and manifest.json")
     shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
     shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 from data_prep.files import READ_ERRORS, open_source, unreadable
 from data_prep.recipe import ENORMOUS_BYTES, LABELS, Source
 from data_prep.sources import FileEntry, Part, open_hub
@@ -25,6 +27,7 @@ class Document(NamedTuple):
     """A text and its labels (in the order of LABELS; None: unknown)."""
 
     text: str
+    size: int  # bytes of UTF-8
     labels: tuple[str | None, ...]
 
 
@@ -98,7 +101,7 @@ def _add_record(parsed: Parsed, source: Source, record: Any, file: str, line: in
 
 def _add(parsed: Parsed, source: Source, text: Any, file: str, line: int, labels: dict[str, str]) -> None:
     """Add a document, or say why not. ``text``: str, bytes, or the exception that stands for it."""
-    reason = None
+    reason, size = None, None
     if isinstance(text, bytes):
         try:
             text = text.decode()
@@ -115,7 +118,7 @@ def _add(parsed: Parsed, source: Source, text: Any, file: str, line: int, labels
             reason = "empty"
         elif len(text) > ENORMOUS_BYTES:
             reason = "enormous"
-        elif not _encodable(text):
+        elif (size := _utf8_bytes(text)) is None:
             reason = "invalid UTF-8"
     if reason:
         parsed.rejects.append(Reject(file, line, reason))
@@ -128,27 +131,30 @@ def _add(parsed: Parsed, source: Source, text: Any, file: str, line: int, labels
     if len(text) < source.min_chars or (source.max_chars is not None and len(text) > source.max_chars):
         parsed.filtered["length"] = parsed.filtered.get("length", 0) + 1
         return
-    parsed.documents.append(Document(text, tuple(labels.get(label) for label in LABELS)))
+    parsed.documents.append(Document(text, size or 0, tuple([labels.get(label) for label in LABELS])))
 
 
-def _encodable(text: str) -> bool:
+def _utf8_bytes(text: str) -> int | None:
+    """Size of a text; None if it has a lone surrogate, from an escape in JSON."""
+    if text.isascii():
+        return len(text)
     try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, from an escape in JSON
-        return False
-    return True
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return None
 
 
 def _json(line: bytes) -> Any:
-    """The value of a line, or the reason why there is none."""
+    """The value of a line, or the reason (a str) why there is no object."""
     try:
-        text = line.decode()
-    except UnicodeDecodeError:
-        return "invalid UTF-8"
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return "not JSON"
+        value = orjson.loads(line)
+    except ValueError:
+        try:
+            value = json.loads(line.decode())  # more lenient (NaN, lone surrogates), and tells what is wrong
+        except UnicodeDecodeError:
+            return "invalid UTF-8"
+        except (ValueError, RecursionError):
+            return "not JSON"
     return f"a record is a {type(value).__name__}, not an object" if isinstance(value, str) else value
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.documents import Chunk, Reject, parse
+from data_prep.recipe import LABELS
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from monet_train.errors import UserError
 
@@ -26,7 +27,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # int32 [sum of lengths]
     lengths: np.ndarray  # int32 [documents]
     text_bytes: np.ndarray  # int64 [documents], UTF-8
-    labels: list[tuple[str | None, ...]]
+    labels: list[list[str | None]]  # a list for each of LABELS
     rejects: list[Reject]
     filtered: dict[str, int]
 
@@ -34,14 +35,12 @@ class Encoded(NamedTuple):
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
     """Parse and tokenize a chunk."""
     parsed = parse(chunk)
-    eos = np.array([tokenizer.record.eos_id], dtype=np.int32)
-    ids = tokenizer.encode([document.text for document in parsed.documents]) if parsed.documents else []
-    pieces = [piece for document in ids for piece in (document, eos)]
+    tokens, lengths = tokenizer.encode_documents([document.text for document in parsed.documents])
     return Encoded(
-        tokens=np.concatenate(pieces) if pieces else eos[:0],
-        lengths=np.array([len(document) + 1 for document in ids], dtype=np.int32),
-        text_bytes=np.array([len(document.text.encode()) for document in parsed.documents], dtype=np.int64),
-        labels=[document.labels for document in parsed.documents],
+        tokens=tokens,
+        lengths=lengths,
+        text_bytes=np.array([document.size for document in parsed.documents], dtype=np.int64),
+        labels=[[document.labels[i] for document in parsed.documents] for i in range(len(LABELS))],
         rejects=parsed.rejects,
         filtered=parsed.filtered,
     )

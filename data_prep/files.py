@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import zlib
@@ -42,7 +41,7 @@ def open_source(path: str) -> Any:
         if path.endswith(".zst"):
             import pyarrow
 
-            return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 1 << 20)
+            return pyarrow.CompressedInputStream(raw, "zstd")
         return raw
     except (OSError, ImportError, ValueError) as error:
         raise unreadable(path, error) from None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from monet_train.data.manifest import FileRecord, Position, ShardRecord
 from monet_train.errors import UserError
 
 SUFFIXES = ("labels.parquet", "bin", "idx")  # in the order of renaming: the index comes last
+NO_VALUE = "(none)"
 MANY_VALUES = 1000  # label values counted one by one in the manifest; the labels file has all
 
 
@@ -35,7 +35,7 @@ class ShardWriter:
         self.documents = self.tokens = self.text_bytes = 0
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
-        self._labels: list[tuple[str | None, ...]] = []
+        self._labels: list[list[str | None]] = [[] for _ in LABELS]
         self._builder = IndexedDatasetBuilder(str(self._temporary("bin")), dtype=dtype)
 
     def _temporary(self, suffix: str) -> Path:
@@ -48,12 +48,16 @@ class ShardWriter:
         """Add documents ``begin`` to ``end`` of a chunk."""
         lengths = encoded.lengths[begin:end]
         position = int(encoded.lengths[:begin].sum(dtype=np.int64))
-        for length in lengths.tolist():
-            self._builder.add_document(encoded.tokens[position : position + length], [length])
-            position += length
+        tokens = encoded.tokens[position : position + int(lengths.sum(dtype=np.int64))]
+        # One call for all documents of a chunk: the builder counts it as one document of many sequences,
+        # which the line below mends.
+        before = len(self._builder.sequence_lengths)
+        self._builder.add_document(tokens, lengths.tolist())
+        self._builder.document_indices[-1:] = range(before + 1, before + len(lengths) + 1)
         self._lengths.append(lengths)
         self._bytes.append(encoded.text_bytes[begin:end])
-        self._labels += encoded.labels[begin:end]
+        for column, values in zip(self._labels, encoded.labels, strict=True):
+            column += values[begin:end]
         self.documents += end - begin
         self.tokens += int(lengths.sum(dtype=np.int64))
         self.text_bytes += int(encoded.text_bytes[begin:end].sum())
@@ -61,9 +65,8 @@ class ShardWriter:
     def finish(self, end: Position) -> ShardRecord:
         """Write index and labels, make all durable, rename, and describe the shard."""
         self._builder.finalize(str(self._temporary("idx")))
-        lengths = np.concatenate(self._lengths or [np.zeros(0, np.int32)])
-        sizes = np.concatenate(self._bytes or [np.zeros(0, np.int64)])
-        self._write_labels(sizes)
+        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
+        labels = self._write_labels(lengths, sizes)
         files = {}
         for suffix in SUFFIXES:
             temporary = self._temporary(suffix)
@@ -80,10 +83,7 @@ class ShardWriter:
             start=self.start,
             end=end,
             files=files,
-            labels={
-                column: _count(functools.partial(_column, self._labels, number), lengths, sizes)
-                for number, column in enumerate(LABELS)
-            },
+            labels=labels,
         )
 
     def abandon(self) -> None:
@@ -92,34 +92,30 @@ class ShardWriter:
         for suffix in SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)
 
-    def _write_labels(self, sizes: np.ndarray) -> None:
+    def _write_labels(self, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, dict[str, list[int]]]:
+        """Write the labels of every document; return the counts by label and value."""
         import pyarrow
         import pyarrow.parquet
 
         columns = {
-            column: pyarrow.array(_column(self._labels, number), pyarrow.string()).dictionary_encode()
-            for number, column in enumerate(LABELS)
+            column: pyarrow.array(values, pyarrow.string()).dictionary_encode()
+            for column, values in zip(LABELS, self._labels, strict=True)
         }
         table = pyarrow.table({**columns, "bytes": pyarrow.array(sizes)})
         pyarrow.parquet.write_table(table, self._temporary("labels.parquet"), compression="zstd")
+        return {column: _count(values, lengths, sizes) for column, values in columns.items()}
 
 
-def _column(labels: list[tuple[str | None, ...]], number: int) -> Iterator[str | None]:
-    return (row[number] for row in labels)
-
-
-def _count(values: functools.partial, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
-    """Documents, tokens and bytes by value of a label; the rarest values of very many are summed up."""
-    counts: dict[str, list[int]] = {}
-    for value, length, size in zip(values(), lengths.tolist(), sizes.tolist(), strict=True):
-        row = counts.setdefault(value or "(none)", [0, 0, 0])
-        row[0] += 1
-        row[1] += length
-        row[2] += size
-    kept = sorted(counts, key=lambda value: (-counts[value][1], value))
-    result = {value: counts[value] for value in sorted(kept[:MANY_VALUES])}
-    if rest := [counts[value] for value in kept[MANY_VALUES:]]:
-        result["(others)"] = [sum(column) for column in zip(*rest, strict=True)]
+def _count(column: Any, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
+    """Documents, tokens and bytes by value of a dictionary array; the rarest of very many values are summed up."""
+    values = [*column.dictionary.to_pylist(), NO_VALUE]
+    codes = column.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
+    sums = [np.bincount(codes, weights, len(values)).astype(np.int64) for weights in (None, lengths, sizes)]
+    rows = {value: [int(x) for x in row] for value, *row in zip(values, *sums, strict=True) if row[0]}
+    kept = sorted(rows, key=lambda value: (-rows[value][1], value))
+    result = {value: rows[value] for value in sorted(kept[:MANY_VALUES])}
+    if rest := [rows[value] for value in kept[MANY_VALUES:]]:
+        result["(others)"] = [sum(counts) for counts in zip(*rest, strict=True)]
     return result
 
 

@@ -93,7 +93,7 @@ class _Sample:
                 for document in _documents(part):
                     if taken >= share or documents == self._max_documents:
                         break
-                    size = len(document.text.encode())
+                    size = document.size
                     taken += size
                     documents += 1
                     self._keep(part, document, size)
@@ -174,8 +174,8 @@ def tokenizer_report(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[
     for name, documents in sorted(texts.items()):
         encoded = tokenizer.encode(documents)
         tokens = sum(len(ids) for ids in encoded)
-        unknown = sum(int((ids == unknown_id).sum()) for ids in encoded)
-        failures = sum(tokenizer.decode(ids.tolist()) != text for ids, text in zip(encoded, documents, strict=True))
+        unknown = sum(ids.count(unknown_id) for ids in encoded) if unknown_id is not None else 0
+        failures = sum(tokenizer.decode(ids) != text for ids, text in zip(encoded, documents, strict=True))
         rows[name] = {
             "documents": len(documents),
             "bytes_per_token": round(sum(len(text.encode()) for text in documents) / max(tokens, 1), 3),

@@ -349,7 +349,7 @@ def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path,
     assert (record.vocabulary_size, record.unk_id, record.bos_id, record.eos_id) == (400, 0, 1, 2)
     for text in ("  two  spaces\n\n\ttab", "🦔 unseen ∮ characters", " leading", "trailing \n"):
         (ids,) = tokenizer.encode([text])
-        assert tokenizer.decode(ids.tolist()) == text and record.unk_id not in ids
+        assert tokenizer.decode(ids) == text and record.unk_id not in ids
     report = json.loads((tokenizer.path.parent / "report.json").read_text())
     (row,) = report["sources"].values()
     assert row["documents"] == 300 and row["round_trip_failures"] == 0 and row["unknown_rate"] == 0
@@ -373,7 +373,7 @@ def test_a_hugging_face_tokenizer_serves_too(jsonl: Path, prepare, tmp_path: Pat
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.record.eos_id == 0 and tokenizer.record.kind == "huggingface"
     (ids,) = tokenizer.encode([text_of(3)])
-    assert tokenizer.decode(ids.tolist()) == text_of(3)
+    assert tokenizer.decode(ids) == text_of(3)
 
 
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="../shared/corpora is not there")
