@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from monet_train.errors import UserError, one_line_errors
@@ -68,14 +69,18 @@ def write_export(
 ) -> Path:
     """Write a Hugging Face folder, whole or not at all. See :func:`save_pretrained`."""
     _refuse_occupied(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-        new = Path(scratch) / "new"
-        new.mkdir()
-        _write_files(config, weights, new, folder.name, tokenizer_file)
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        new.rename(folder)
+    place = folder.absolute()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            _write_files(config, weights, new, place.name, tokenizer_file)
+            if place.exists():
+                place.rename(Path(scratch) / "old")
+            new.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
     return folder
 
 
@@ -143,10 +148,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="monet-export", description="Export a checkpoint to a Hugging Face folder.")
     parser.add_argument("checkpoint", help="run folder (newest step), step folder, or Hugging Face folder")
     parser.add_argument("out", type=Path, help="folder to write: new or empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (default: as in the checkpoint)")
-    parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (default: the one in the checkpoint)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (as in the checkpoint)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (the checkpoint's own)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
     arguments = parser.parse_args()
 

@@ -111,22 +111,26 @@ def choose_device(name: str) -> torch.device:
 @one_line_errors
 def main() -> None:
     """Console entry ``monet-generate``."""
-    parser = argparse.ArgumentParser(
-        prog="monet-generate", formatter_class=argparse.ArgumentDefaultsHelpFormatter, description="Continue a text."
-    )
+    parser = argparse.ArgumentParser(prog="monet-generate", description="Continue a text.")
     parser.add_argument("checkpoint", help="run folder (newest step), step folder, or Hugging Face folder")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most")
-    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0: always the likeliest token")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to add at most (128)")
     parser.add_argument(
-        "--top-k", type=int, default=Sampling.top_k, help="draw from the k likeliest tokens; 0: from all"
+        "--temperature", type=float, default=Sampling.temperature, help="of the draws; 0: the likeliest token (0.8)"
     )
-    parser.add_argument("--top-p", type=float, default=Sampling.top_p, help="draw from the likeliest that sum up to p")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--top-k", type=int, default=Sampling.top_k, help="draw from the k likeliest tokens; 0: from all (0)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=Sampling.top_p, help="draw from the likeliest that together have p (1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--no-cache", action="store_true", help="recompute all tokens at every step")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters; as stored if not given")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer file; the checkpoint's own if not given")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (as stored)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (the checkpoint's own)")
     arguments = parser.parse_args()
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)

@@ -127,6 +127,23 @@ def test_a_failed_export_leaves_nothing_behind(model: MonetForCausalLM, tmp_path
     assert load_pretrained(tmp_path / "empty").config == model.config
 
 
+def test_a_place_that_cannot_be_written_is_refused(model: MonetForCausalLM, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"export cannot be written: .*file"):
+        save_pretrained(model, tmp_path / "file" / "export")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_working_folder_can_be_the_target(
+    model: MonetForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_pretrained(model, ".")
+    assert load_pretrained(tmp_path / "here").config == model.config
+    assert (tmp_path / "here" / "README.md").read_text().count("# here") == 1
+
+
 @pytest.mark.parametrize(
     "source, message", [("absent", "absent is not a folder"), ("empty", "neither config.json nor checkpoints/latest")]
 )
