@@ -22,6 +22,7 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_size: int = 1  # processes on this host, as far as the launcher tells
 
     @property
     def is_main(self) -> bool:
@@ -35,13 +36,15 @@ def read_launch() -> Launch:
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
             rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            return Launch(rank, world, int(environment.get("LOCAL_RANK", rank)))
+            local_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
+            return Launch(rank, world, int(environment.get("LOCAL_RANK", rank)), local_size)
         # the batch shell of sbatch also has SLURM_PROCID; only inside srun is there a step with several tasks
         if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             return Launch(
                 int(environment["SLURM_PROCID"]),
                 int(environment["SLURM_STEP_NUM_TASKS"]),
                 int(environment["SLURM_LOCALID"]),
+                int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]),
             )
     except (KeyError, ValueError) as error:
         raise UserError(
@@ -67,6 +70,8 @@ def resolve_device(name: str, launch: Launch) -> torch.device:
 
 def start_process_group(launch: Launch, device: torch.device) -> None:
     """Initialise torch.distributed: NCCL on GPUs, gloo on the CPU, over the launcher's rendezvous."""
+    if "OMP_NUM_THREADS" not in os.environ and launch.local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -212,7 +212,7 @@ def _announce(
     print(
         f"{config.run.name}: {topology.data_size} data x {topology.tensor_size} tensor ranks on {device.type}, "
         f"ZeRO {config.zero.stage}, {config.train.precision}, {parameters / 1e6:,.0f} MFLOP a token; "
-        f"kernels: {config.kernels}; "
+        f"{kernels.describe(config.kernels, device.type)}; "
         + (f"goes on after step {trainer.step} ({resume})" if resume else f"starts in {Path(config.run.dir)}"),
         flush=True,
     )

@@ -1,0 +1,39 @@
+# make quickstart   set up, then train, export and sample a small Monet on real text
+# make test         set up, then all tests
+# make install      set up alone: .venv/ with the monet-* commands
+# make lint         ruff and mypy
+# make clean        remove what quickstart made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: quickstart test install lint clean
+
+install: $(STAMP)
+	@echo "installed: $(CURDIR)/$(BIN)/monet-train, monet-data, monet-export, monet-generate"
+
+# torch first: setup.py builds csrc/ against the torch that is there
+$(STAMP): $(SOURCES)
+	@echo "set-up: downloading and installing into $(CURDIR)/$(VENV); about two minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy "setuptools>=77" wheel
+	$(PIP) --no-build-isolation -e ".[dev]"
+	@$(BIN)/python -c "from monet_train import kernels; print(kernels.describe('auto', 'cpu'))"
+	@touch $@
+
+quickstart: $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf quickstart build *.egg-info

@@ -1,0 +1,46 @@
+# Sourced by train_*.sh:   source slurm/train.sh MODEL [hydra overrides]
+#
+# One task a GPU, started by srun: ranks come from Slurm, a dead task ends the job at once, signals reach every rank.
+# Before the time limit (--signal=B:USR1@300) and on preemption the ranks finish their step, save and end, and the job
+# is put back into the queue; the same command then goes on from the newest checkpoint. A node that dies does the same
+# through Slurm's own requeue, from the last checkpoint.
+set -euo pipefail
+
+# A batch script runs from Slurm's copy of it, so paths are those of the submission.
+cd "${SLURM_SUBMIT_DIR:?give this script to sbatch}"
+if [[ -x .venv/bin/monet-train ]]; then PATH="$PWD/.venv/bin:$PATH"; fi
+
+model=$1
+shift
+overrides=("$@")
+if [[ " $* " != *" model="* ]]; then overrides=("model=$model" "${overrides[@]}"); fi
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT
+
+echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" monet-train "${overrides[@]}" &
+step=$!
+
+stopping=""
+forward() {
+  stopping=yes
+  kill -USR1 "$step"
+}
+trap forward USR1 TERM
+
+# wait returns early when a trapped signal arrives
+status=0
+wait "$step" || status=$?
+while kill -0 "$step" 2>/dev/null; do
+  status=0
+  wait "$step" || status=$?
+done
+
+# 75: stopped by a signal, after saving
+if [[ -n $stopping && $status == 75 ]]; then
+  echo "saved before the time limit; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
