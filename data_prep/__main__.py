@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.encode import default_workers
+from data_prep.files import is_remote
 from data_prep.recipe import LABELS, Recipe, recipe_from
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError, one_line_errors
@@ -118,7 +119,7 @@ def build_parser() -> Parser:
     shards.add_argument(
         "--tokenizer", type=Path, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
     )
-    shards.add_argument("--out", type=Path, required=True, help="folder for the shards and manifest.json")
+    shards.add_argument("--out", type=local_folder, required=True, help="folder for the shards and manifest.json")
     shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
     shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")
     shards.add_argument(
@@ -185,6 +186,15 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
             f"  {name[:28]:<28} {row['documents']:>10,} {row['bytes_per_token']:>12.2f} {row['unknown_rate']:>9.2%} "
             f"{row['round_trip_failures']:>20}"
         )
+
+
+def local_folder(text: str) -> Path:
+    """A folder to write: shards are memory-mapped, so they have to be files of this machine's file systems."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not on a file system: write to a local or shared folder and copy it from there"
+        )
+    return Path(text)
 
 
 def run_shards(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import data_prep.documents
+import data_prep.encode
+import data_prep.shards
 from data_prep.__main__ import main
 from data_prep.recipe import LABELS, load_recipe
 from data_prep.tokenizers import Tokenizer, load_tokenizer
@@ -342,6 +346,145 @@ def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenize
         assert data(*source, "--out", out, "--task", task, "--tasks", 3)[0] == 0
     assert lost.read_bytes() == content
     assert "give 0 to 2" in data(*source, "--out", out, "--task", 3, "--tasks", 3)[2]
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        out = disk / "out"
+        arguments = (
+            "shards",
+            jsonl / "*.jsonl",
+            "--tokenizer",
+            tokenizer.path,
+            "--out",
+            out,
+            "--tokens-per-shard",
+            4000,
+        )
+        status, _, err = data(*arguments, "--workers", 1)
+        assert status == 2 and err.count("\n") == 1 and "cannot be written (No space left on device)" in err
+        names = {path.name for path in out.iterdir()}
+        assert "manifest.json" not in names and not [name for name in names if name.endswith(".tmp")]
+        for path in out.glob("shard-*.bin"):
+            assert path.read_bytes() == (shards / path.name).read_bytes(), "what has a final name is whole"
+        subprocess.run(["mount", "-o", "remount,size=10M", disk], check=True)
+        assert data(*arguments, "--workers", 1)[0] == 0
+        assert contents(out) == contents(shards)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    arguments = ("shards", sources / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+                 "--tokens-per-shard", 4000, "--workers", 1)  # fmt: skip
+    listed = data_prep.shards.list_parts
+
+    def vanish_after_listing(recipe):
+        parts = listed(recipe)
+        (sources / "part-1.jsonl").rename(tmp_path / "away.jsonl")
+        return parts
+
+    monkeypatch.setattr(data_prep.shards, "list_parts", vanish_after_listing)
+    status, _, err = data(*arguments)
+    assert status == 2 and err.count("\n") == 1 and "part-1.jsonl cannot be read (No such file" in err
+    monkeypatch.undo()
+    (tmp_path / "away.jsonl").rename(sources / "part-1.jsonl")
+    subprocess.run([sys.executable, "-m", "data_prep", *map(str, arguments)], check=True, cwd=REPOSITORY)
+    assert contents(tmp_path / "out") == contents(shards)
+
+
+def test_a_changed_source_does_not_continue_another_corpus(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    arguments = (
+        "shards",
+        sources / "*.jsonl",
+        "--tokenizer",
+        tokenizer.path,
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        1,
+    )
+    assert data(*arguments)[0] == 0
+    with (sources / "part-0.jsonl").open("a") as stream:
+        stream.write('{"text": "one more"}\n')
+    status, _, err = data(*arguments)
+    assert status == 2 and "differs in: files" in err
+
+
+def test_a_killed_worker_is_one_line(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(data_prep.encode, "_work", kill_self)
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 2)
+    status, _, err = data(*arguments)
+    assert status == 2 and err.count("\n") == 1 and "a worker process was killed (out of memory?)" in err
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+def kill_self(chunk: object) -> None:
+    """What the kernel does to a worker that needs too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_object_storage_is_read_and_not_written(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for path in jsonl.glob("*.jsonl"):
+        store.pipe(f"/bucket/{path.name}.gz", gzip.compress(path.read_bytes()))
+    arguments = ("shards", "memory://bucket/*.jsonl.gz", "--tokenizer", tokenizer.path, "--workers", 1, "--out")
+    assert data(*arguments, tmp_path / "out")[0] == 0
+    assert documents_of(tmp_path / "out", tokenizer) == [text_of(i) for i in range(300)]
+    status, _, err = data(*arguments, "memory://bucket/out")
+    assert status == 2 and "memory://bucket/out is not on a file system" in err and err.count("\n") == 1
+    assert not (Path.cwd() / "memory:").exists()
+    assert "cannot be listed" in data("shards", "nosuch://bucket/x.jsonl", *arguments[2:], tmp_path / "o")[2]
+
+
+def test_an_enormous_line_costs_one_document(
+    prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(data_prep.documents, "ENORMOUS_BYTES", 1 << 20)
+    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 1 << 16)
+    lines = [json.dumps({"text": text}) for text in [text_of(n) for n in range(300)]]
+    lines.insert(100, json.dumps({"text": "x" * (5 << 20)}))
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    out = prepare(tmp_path / "out", [str(tmp_path / "c.jsonl")])
+    assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]
+    assert json.loads((out / "rejects.jsonl").read_text()) == {
+        "file": str(tmp_path / "c.jsonl"), "line": 101, "reason": "enormous"
+    }  # fmt: skip
+    assert Manifest.read(out).rejected == {"enormous": 1}
+
+
+def test_a_hub_dataset_is_streamed(
+    prepare: Callable[..., Path], tokenizer: Tokenizer, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's reader over local files: the same streaming classes, without a network."""
+    import datasets
+
+    real = datasets.load_dataset
+    calls = []
+
+    def local(name: str, config: str | None, **options: object) -> object:
+        calls.append((name, config, options["split"]))
+        return real("json", data_files=str(jsonl / "*.jsonl"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    out = prepare(tmp_path / "out", ["hf:owner/name:sample"])
+    assert sorted(documents_of(out, tokenizer)) == sorted(text_of(i) for i in range(300))
+    assert set(calls) == {("owner/name", "sample", "train")}
+    assert Manifest.read(out).shards[0].labels["lang"].keys() == {"en", "ru"}
 
 
 def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:
