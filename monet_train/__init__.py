@@ -1,6 +1,28 @@
 """Pretraining of Monet language models: mixtures of monosemantic experts that can be read, masked and steered."""
 
-from monet_train.model.config import MonetConfig
-from monet_train.model.transformer import MonetForCausalLM
+from __future__ import annotations
 
-__all__ = ["MonetConfig", "MonetForCausalLM"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monet_train.interop.export import save_pretrained
+    from monet_train.interop.load import load_pretrained
+    from monet_train.model.config import MonetConfig
+    from monet_train.model.transformer import MonetForCausalLM
+
+__all__ = ["MonetConfig", "MonetForCausalLM", "load_pretrained", "save_pretrained"]
+
+_HOMES = {
+    "MonetConfig": "monet_train.model.config",
+    "MonetForCausalLM": "monet_train.model.transformer",
+    "load_pretrained": "monet_train.interop.load",
+    "save_pretrained": "monet_train.interop.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `monet-data` and its worker processes need no torch, whose import takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
