@@ -138,6 +138,7 @@ def build_parser() -> Parser:
     info = command("info", "counts, labels, lengths and decoded samples of a shard folder")
     info.add_argument("folder", type=Path, help="made by `monet-data shards`")
     info.add_argument("--samples", type=number, default=10, help="documents to decode (10)")
+    info.add_argument("--png", type=Path, metavar="FILE", help="also draw the lengths as an image (needs matplotlib)")
     return parser
 
 
@@ -245,8 +246,10 @@ def run_verify(arguments: argparse.Namespace) -> None:
 
 def run_info(arguments: argparse.Namespace) -> None:
     """``monet-data info``."""
-    from data_prep.info import describe
+    from data_prep.info import describe, draw_lengths
 
+    if arguments.png:
+        draw_lengths(arguments.folder, arguments.png)
     for line in describe(arguments.folder, arguments.samples):
         print(line)
 

@@ -10,6 +10,7 @@ import numpy as np
 from data_prep.tokenizers import load_tokenizer
 from monet_train.data.manifest import Manifest
 from monet_train.data.shards import read_index_header
+from monet_train.errors import UserError
 
 BAR = 40  # characters of the longest bar
 SAMPLE_CHARS = 160
@@ -60,10 +61,40 @@ def _labels(manifest: Manifest) -> Iterator[str]:
             yield f"    {value:<22} {documents:>12,} {tokens:>15,} {size / tokens:>12.2f}"
 
 
+def draw_lengths(folder: Path, image: Path) -> None:
+    """Draw the histogram of document lengths into ``image`` (PNG, or what its suffix says).
+
+    Raises:
+        UserError: matplotlib is not installed, or the image cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("--png needs matplotlib: pip install 'monet-train[plots]'") from None
+    manifest = Manifest.read(folder)
+    edges, counts = _bins(document_lengths(folder, manifest))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.stairs(counts, edges, fill=True)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens a document")
+    axes.set_ylabel("documents")
+    axes.set_title(f"{folder.name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
+    try:
+        figure.savefig(image, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--png {image} cannot be written: {error}") from None
+
+
+def _bins(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Edges at powers of two, and how many documents lie between them."""
+    edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
+    return edges, np.histogram(lengths, edges)[0]
+
+
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
     yield "\n  tokens a document"
-    edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
-    counts = np.histogram(lengths, edges)[0]
+    edges, counts = _bins(lengths)
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if count:
             yield f"    {low:>9,} - {high - 1:<9,} {count:>12,} {'#' * int(np.ceil(BAR * count / counts.max()))}"

@@ -259,6 +259,14 @@ def test_info_shows_counts_labels_lengths_and_samples(data, shards: Path) -> Non
     assert out.count("\n  document ") == 10 and repr(text_of(0)[:40])[1:-1] in out
 
 
+def test_info_draws_the_lengths(data, shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert data("info", shards, "--png", tmp_path / "lengths.png")[0] == 0
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = data("info", shards, "--png", tmp_path / "lengths.nonsense")
+    assert status == 2 and err.count("\n") == 1 and "lengths.nonsense cannot be written" in err
+
+
 def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys, time, pathlib; from data_prep.journal import exclusive\n"
