@@ -155,6 +155,22 @@ Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, 
   return dlogits;
 }
 
+// The same as entries of a sparse tensor [tokens, heads, experts]: indices [3, entries] and values.
+std::tuple<Tensor, Tensor> route_backward_sparse(
+    const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
+  const Pairs pairs = pairs_of(layout, experts);
+  const Tensor given = values_of(gates, pairs), dlogits = route_backward(given, dgates, layout, experts);
+  return with_wide_type(given, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t heads = given.size(1), count = cpu::count_active(read<T>(given), pairs.count, heads);
+    Tensor indices = at::empty({3, count}, given.options().dtype(at::kLong));
+    Tensor values = at::empty({count}, given.options());
+    cpu::active_entries(
+        read<T>(given), read<T>(dlogits), pairs, heads, count, write<int64_t>(indices), write<T>(values));
+    return std::make_tuple(indices, values);
+  });
+}
+
 Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(layout, experts);
   const Tensor given = values_of(values, pairs);
@@ -224,14 +240,17 @@ Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layou
 // ---- the expert layers
 
 // A weight of an output layer, [width, experts * units] as published, as rows by half-expert. A weight that is stored
-// by columns (a transposed view) is used as it lies; any other is copied.
-Tensor expert_rows(const Tensor& v) {
+// by columns (a transposed view) is used as it lies; of any other a copy is made, for few tokens of what they use.
+Tensor expert_rows(const Tensor& v, const Pairs& pairs, int64_t units) {
   if (v.t().is_contiguous()) return v.t();
   const Tensor given = v.contiguous();
   Tensor rows = at::empty({v.size(1), v.size(0)}, v.options());
   with_type(v, [&](auto zero) {
     using S = decltype(zero);
-    cpu::transpose(read<S>(given), v.size(0), v.size(1), write<S>(rows));
+    if (pairs.tokens < cpu::kFewTokens)
+      cpu::transpose_used(read<S>(given), v.size(0), pairs, units, write<S>(rows));
+    else
+      cpu::transpose(read<S>(given), v.size(0), v.size(1), write<S>(rows));
   });
   return rows;
 }
@@ -274,24 +293,38 @@ struct SideTensors {
   Tensor gates;
 };
 
+// Jobs over tensors; the tensors must outlive them.
 template <class S>
-Tensor project(
-    const SideTensors& side, const Tensor& x, int64_t column, const Tensor& w, const Tensor* bias, int64_t units) {
-  Tensor out = side.by_pair(units);
-  cpu::project<S>(
-      side.pairs, read_rows<S>(x).from_column(column), read_rows<S>(w), bias ? read<S>(*bias) : nullptr, units,
-      w.size(1), write<Accumulator<S>>(out));
-  return out;
+cpu::Projection<S> projection(
+    const SideTensors& side, const Tensor& x, int64_t column, const Tensor& w, const Tensor* bias, Tensor& out) {
+  return {side.pairs, read_rows<S>(x).from_column(column), read_rows<S>(w), bias ? read<S>(*bias) : nullptr,
+          out.size(1), w.size(1), write<Accumulator<S>>(out)};
 }
-
 template <class S>
-Tensor weight_gradient(
-    const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, const Tensor& w) {
-  Tensor out = at::empty(w.sizes(), y.options());
-  cpu::weight_gradient<S>(
-      side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), w.size(1),
-      write<Accumulator<S>>(out));
-  return out;
+cpu::Term<S> term(const SideTensors& side, const Tensor& y, const Tensor& w) {
+  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(w), y.size(1)};
+}
+template <class S, size_t count>
+cpu::Combination<S> combination(const cpu::Term<S> (&terms)[count], int64_t columns, Tensor& out, int64_t column) {
+  return {terms, count, columns, {write<S>(out) + column, out.stride(0)}};
+}
+template <class S>
+cpu::WeightGradient<S> weight_gradient(
+    const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, Tensor& out) {
+  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), out.size(1),
+          write<Accumulator<S>>(out)};
+}
+template <class S, size_t count>
+void run(const cpu::Projection<S> (&jobs)[count]) {
+  cpu::project(jobs, count);
+}
+template <class S, size_t count>
+void run(const cpu::Combination<S> (&jobs)[count]) {
+  cpu::combine(jobs, count);
+}
+template <class S, size_t count>
+void run(const cpu::WeightGradient<S> (&jobs)[count]) {
+  cpu::weight_gradients(jobs, count);
 }
 
 template <class S>
@@ -301,21 +334,11 @@ Tensor bias_gradient(const SideTensors& side, const Tensor& y, const Tensor& bia
   return out.to(bias.scalar_type());
 }
 
-template <class S>
-cpu::Term<S> term(const SideTensors& side, const Tensor& y, const Tensor& w) {
-  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(w), y.size(1)};
-}
-
-template <class S>
-void combine(std::initializer_list<cpu::Term<S>> terms, int64_t columns, Tensor& out, int64_t first_column) {
-  cpu::combine<S>(terms.begin(), terms.size(), columns, {write<S>(out) + first_column, out.stride(0)});
-}
-
 // The weights of a vertical layer, checked and laid out for the kernels.
 struct VerticalWeights {
-  VerticalWeights(const Tensor& x, at::TensorList w, int64_t experts) {
+  VerticalWeights(const Tensor& x, at::TensorList w, const Pairs& one, const Pairs& two) {
     TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
-    const int64_t d = x.size(1), inner = w[0].size(0);
+    const int64_t d = x.size(1), inner = w[0].size(0), experts = one.experts;
     TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
     units = inner / experts;
     check_matrix(x, w[0], inner, d, "u1");
@@ -324,7 +347,8 @@ struct VerticalWeights {
     check_matrix(x, w[3].unsqueeze(0), 1, inner, "u2's bias");
     for (const int i : {4, 5, 6, 7}) check_matrix(x, w[i], d / 2, inner, "v");
     u1 = w[0].contiguous(), u1_bias = w[1].contiguous(), u2 = w[2].contiguous(), u2_bias = w[3].contiguous();
-    v11 = expert_rows(w[4]), v12 = expert_rows(w[5]), v21 = expert_rows(w[6]), v22 = expert_rows(w[7]);
+    v11 = expert_rows(w[4], one, units), v12 = expert_rows(w[5], one, units);
+    v21 = expert_rows(w[6], two, units), v22 = expert_rows(w[7], two, units);
   }
 
   int64_t units;
@@ -341,20 +365,21 @@ std::tuple<Tensor, Tensor, Tensor> vertical_experts(
     at::TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
-  const VerticalWeights w(x, weights, experts);
+  const VerticalWeights w(x, weights, one.pairs, two.pairs);
   Tensor out = at::empty_like(x);
   return with_type(x, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
-    const Tensor s1 = project<S>(one, x, 0, w.u1, &w.u1_bias, w.units);
-    const Tensor s2 = project<S>(two, x, 0, w.u2, &w.u2_bias, w.units);
+    Tensor s1 = one.by_pair(w.units), s2 = two.by_pair(w.units);
+    run<S>({projection<S>(one, x, 0, w.u1, &w.u1_bias, s1), projection<S>(two, x, 0, w.u2, &w.u2_bias, s2)});
     Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1);
     Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2);
     cpu::mix_vertical<C>(
         one.side<C>(), two.side<C>(), read<C>(s1), read<C>(s2), w.units, vertical_mix<C>(own1, cross1, own2, cross2));
     const int64_t half = x.size(1) / 2;
-    combine<S>({term<S>(one, own1, w.v11), term<S>(one, cross1, w.v12)}, half, out, 0);
-    combine<S>({term<S>(two, cross2, w.v21), term<S>(two, own2, w.v22)}, half, out, half);
+    const cpu::Term<S> left[] = {term<S>(one, own1, w.v11), term<S>(one, cross1, w.v12)};
+    const cpu::Term<S> right[] = {term<S>(two, cross2, w.v21), term<S>(two, own2, w.v22)};
+    run<S>({combination<S>(left, half, out, 0), combination<S>(right, half, out, half)});
     return std::make_tuple(out, s1, s2);
   });
 }
@@ -364,16 +389,17 @@ std::vector<Tensor> vertical_experts_backward(
     Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1, const Tensor& s2) {
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
-  const VerticalWeights w(x, weights, experts);
+  const VerticalWeights w(x, weights, one.pairs, two.pairs);
   Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
   return with_type(x, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
     const int64_t half = x.size(1) / 2;
-    const Tensor down1 = project<S>(one, d, 0, w.v11, nullptr, w.units);
-    const Tensor dcross1 = project<S>(one, d, 0, w.v12, nullptr, w.units);
-    const Tensor dcross2 = project<S>(two, d, half, w.v21, nullptr, w.units);
-    const Tensor down2 = project<S>(two, d, half, w.v22, nullptr, w.units);
+    Tensor down1 = at::empty_like(s1), dcross1 = at::empty_like(s1);
+    Tensor down2 = at::empty_like(s2), dcross2 = at::empty_like(s2);
+    run<S>({
+        projection<S>(one, d, 0, w.v11, nullptr, down1), projection<S>(one, d, 0, w.v12, nullptr, dcross1),
+        projection<S>(two, d, half, w.v21, nullptr, dcross2), projection<S>(two, d, half, w.v22, nullptr, down2)});
 
     Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1), ds1 = at::empty_like(s1);
     Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2), ds2 = at::empty_like(s2);
@@ -383,29 +409,34 @@ std::vector<Tensor> vertical_experts_backward(
         vertical_mix<C>(own1, cross1, own2, cross2), write<C>(ds1), write<C>(ds2), write<C>(dgates1),
         write<C>(dgates2));
 
-    combine<S>({term<S>(one, ds1, w.u1), term<S>(two, ds2, w.u2)}, x.size(1), dx, 0);
+    const cpu::Term<S> into_x[] = {term<S>(one, ds1, w.u1), term<S>(two, ds2, w.u2)};
+    run<S>({combination<S>(into_x, x.size(1), dx, 0)});
+    const auto wide = s1.options();
+    Tensor du1 = at::empty(w.u1.sizes(), wide), du2 = at::empty(w.u2.sizes(), wide);
+    Tensor dv11 = at::empty(w.v11.sizes(), wide), dv12 = at::empty(w.v12.sizes(), wide);
+    Tensor dv21 = at::empty(w.v21.sizes(), wide), dv22 = at::empty(w.v22.sizes(), wide);
+    run<S>({
+        weight_gradient<S>(one, ds1, x, 0, du1), weight_gradient<S>(two, ds2, x, 0, du2),
+        weight_gradient<S>(one, own1, d, 0, dv11), weight_gradient<S>(one, cross1, d, 0, dv12),
+        weight_gradient<S>(two, cross2, d, half, dv21), weight_gradient<S>(two, own2, d, half, dv22)});
     const auto type = x.scalar_type();
     return std::vector<Tensor>{
-        dx, dgates1, dgates2,
-        weight_gradient<S>(one, ds1, x, 0, w.u1).to(type), bias_gradient<S>(one, ds1, w.u1_bias),
-        weight_gradient<S>(two, ds2, x, 0, w.u2).to(type), bias_gradient<S>(two, ds2, w.u2_bias),
-        expert_columns(weight_gradient<S>(one, own1, d, 0, w.v11), weights[4]),
-        expert_columns(weight_gradient<S>(one, cross1, d, 0, w.v12), weights[5]),
-        expert_columns(weight_gradient<S>(two, cross2, d, half, w.v21), weights[6]),
-        expert_columns(weight_gradient<S>(two, own2, d, half, w.v22), weights[7])};
+        dx, dgates1, dgates2, du1.to(type), bias_gradient<S>(one, ds1, w.u1_bias), du2.to(type),
+        bias_gradient<S>(two, ds2, w.u2_bias), expert_columns(dv11, weights[4]), expert_columns(dv12, weights[5]),
+        expert_columns(dv21, weights[6]), expert_columns(dv22, weights[7])};
   });
 }
 
 struct HorizontalWeights {
-  HorizontalWeights(const Tensor& x, at::TensorList w, int64_t experts) {
+  HorizontalWeights(const Tensor& x, at::TensorList w, const Pairs& two) {
     TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
-    const int64_t d = x.size(1), inner = w[0].size(0);
+    const int64_t d = x.size(1), inner = w[0].size(0), experts = two.experts;
     TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
     units = inner / experts;
     check_matrix(x, w[0], inner, d, "u");
     check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
     check_matrix(x, w[2], d, inner, "v");
-    u = w[0].contiguous(), u_bias = w[1].contiguous(), v = expert_rows(w[2]);
+    u = w[0].contiguous(), u_bias = w[1].contiguous(), v = expert_rows(w[2], two, units);
   }
 
   int64_t units;
@@ -417,15 +448,16 @@ std::tuple<Tensor, Tensor> horizontal_experts(
     at::TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
-  const HorizontalWeights w(x, weights, experts);
+  const HorizontalWeights w(x, weights, two.pairs);
   Tensor out = at::empty_like(x);
   return with_type(x, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
-    const Tensor s1 = project<S>(one, x, 0, w.u, &w.u_bias, w.units);
-    Tensor y = two.by_pair(w.units);
+    Tensor s1 = one.by_pair(w.units), y = two.by_pair(w.units);
+    run<S>({projection<S>(one, x, 0, w.u, &w.u_bias, s1)});
     cpu::mix_horizontal<C>(one.side<C>(), two.side<C>(), read<C>(s1), w.units, write<C>(y));
-    combine<S>({term<S>(two, y, w.v)}, x.size(1), out, 0);
+    const cpu::Term<S> terms[] = {term<S>(two, y, w.v)};
+    run<S>({combination<S>(terms, x.size(1), out, 0)});
     return std::make_tuple(out, s1);
   });
 }
@@ -435,20 +467,23 @@ std::vector<Tensor> horizontal_experts_backward(
     Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1) {
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
-  const HorizontalWeights w(x, weights, experts);
+  const HorizontalWeights w(x, weights, two.pairs);
   Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
   return with_type(x, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
-    const Tensor dy = project<S>(two, d, 0, w.v, nullptr, w.units);
-    Tensor y = at::empty_like(dy), ds1 = at::empty_like(s1);
+    Tensor dy = two.by_pair(w.units), y = two.by_pair(w.units), ds1 = at::empty_like(s1);
+    run<S>({projection<S>(two, d, 0, w.v, nullptr, dy)});
     cpu::mix_horizontal_backward<C>(
         one.side<C>(), two.side<C>(), read<C>(s1), w.units, read<C>(dy), write<C>(y), write<C>(ds1),
         write<C>(dgates1), write<C>(dgates2));
-    combine<S>({term<S>(one, ds1, w.u)}, x.size(1), dx, 0);
+    const cpu::Term<S> into_x[] = {term<S>(one, ds1, w.u)};
+    run<S>({combination<S>(into_x, x.size(1), dx, 0)});
+    Tensor du = at::empty(w.u.sizes(), s1.options()), dv = at::empty(w.v.sizes(), s1.options());
+    run<S>({weight_gradient<S>(one, ds1, x, 0, du), weight_gradient<S>(two, y, d, 0, dv)});
     return std::vector<Tensor>{
-        dx, dgates1, dgates2, weight_gradient<S>(one, ds1, x, 0, w.u).to(x.scalar_type()),
-        bias_gradient<S>(one, ds1, w.u_bias), expert_columns(weight_gradient<S>(two, y, d, 0, w.v), weights[2])};
+        dx, dgates1, dgates2, du.to(x.scalar_type()), bias_gradient<S>(one, ds1, w.u_bias),
+        expert_columns(dv, weights[2])};
   });
 }
 
@@ -469,7 +504,8 @@ Tensor expert_bias(const Tensor& gates, Layout layout, const Tensor& b) {
   const Tensor totals = gate_totals(side);
   with_type(b, [&](auto zero) {
     using S = decltype(zero);
-    combine<S>({term<S>(side, totals, rows)}, b.size(1), out, 0);
+    const cpu::Term<S> terms[] = {term<S>(side, totals, rows)};
+    run<S>({combination<S>(terms, b.size(1), out, 0)});
   });
   return out;
 }
@@ -482,10 +518,47 @@ std::tuple<Tensor, Tensor> expert_bias_backward(
   return with_type(b, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
-    const Tensor dtotals = project<S>(side, d, 0, rows, nullptr, 1);
+    const Tensor totals = gate_totals(side);
+    Tensor dtotals = at::empty_like(totals), db = at::empty(b.sizes(), totals.options());
+    run<S>({projection<S>(side, d, 0, rows, nullptr, dtotals)});
     cpu::gate_totals_backward(side.side<C>(), read<C>(dtotals), write<C>(dgates));
-    return std::make_tuple(dgates, weight_gradient<S>(side, gate_totals(side), d, 0, rows).to(b.scalar_type()));
+    run<S>({weight_gradient<S>(side, totals, d, 0, db)});
+    return std::make_tuple(dgates, db.to(b.scalar_type()));
   });
+}
+
+// Gradients of the linear map y = x w^T from a sparse gradient of y [tokens, rows]: token and row of each entry, values
+// in the type of sums.
+std::tuple<Tensor, Tensor> linear_sparse_backward(
+    const Tensor& token, const Tensor& row, const Tensor& values, const Tensor& tokens, const Tensor& weight) {
+  const Tensor x = tokens.contiguous(), w = weight.contiguous();
+  const Tensor token_given = token.contiguous(), row_given = row.contiguous();
+  check_matrix(x, w, w.size(0), x.size(1), "weight");
+  TORCH_CHECK(values.scalar_type() == accumulator(x).dtype(), "values must be in the type of sums");
+  const int64_t count = values.numel(), rows = w.size(0);
+  const auto ints = x.options().dtype(at::kInt);
+  Tensor token_of_pair = at::empty({count}, ints), entry_of_pair = at::empty({count}, ints);
+  Tensor group_start = at::empty({ceil_div(x.size(0), kBlockTokens) * rows + 1}, ints);
+  cpu::group_entries(
+      read<int64_t>(token_given), read<int64_t>(row_given), count, x.size(0), rows, write<int32_t>(token_of_pair),
+      write<int32_t>(group_start), write<int32_t>(entry_of_pair));
+  const Pairs pairs{
+      .tokens = x.size(0),
+      .experts = rows,
+      .count = count,
+      .token = read<int32_t>(token_of_pair),
+      .group_start = read<int32_t>(group_start),
+      .row_start = nullptr,
+      .row_pair = nullptr};
+  const Tensor y = values.index_select(0, entry_of_pair);
+  Tensor dx = at::empty_like(x), dw = at::empty(w.sizes(), y.options());
+  with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    const cpu::Term<S> terms[] = {{pairs, read<Accumulator<S>>(y), read_rows<S>(w), 1}};
+    run<S>({combination<S>(terms, x.size(1), dx, 0)});
+    run<S>({{pairs, read<Accumulator<S>>(y), read_rows<S>(x), 1, x.size(1), write<Accumulator<S>>(dw)}});
+  });
+  return {dx, dw.to(w.scalar_type())};
 }
 
 std::string built_with() { return MONET_TORCH_VERSION; }
@@ -502,6 +575,8 @@ TORCH_LIBRARY(monet, m) {
   m.def("head_moments(Tensor logits) -> Tensor");
   m.def("route(Tensor logits, Tensor threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("route_backward(Tensor gates, Tensor dgates, Tensor[] layout, int experts) -> Tensor");
+  m.def("route_backward_sparse(Tensor gates, Tensor dgates, Tensor[] layout, int experts) -> (Tensor, Tensor)");
+  m.def("linear_sparse_backward(Tensor token, Tensor row, Tensor values, Tensor x, Tensor w) -> (Tensor, Tensor)");
   m.def("scatter_dense(Tensor values, Tensor[] layout, int experts) -> Tensor");
   m.def("gather_dense(Tensor dense, Tensor[] layout) -> Tensor");
   m.def("sum_over_tokens(Tensor gates, Tensor[] layout, int experts) -> Tensor");
@@ -528,6 +603,8 @@ TORCH_LIBRARY_IMPL(monet, CPU, m) {
   m.impl("head_moments", &monet::head_moments);
   m.impl("route", &monet::route);
   m.impl("route_backward", &monet::route_backward);
+  m.impl("route_backward_sparse", &monet::route_backward_sparse);
+  m.impl("linear_sparse_backward", &monet::linear_sparse_backward);
   m.impl("scatter_dense", &monet::scatter_dense);
   m.impl("gather_dense", &monet::gather_dense);
   m.impl("sum_over_tokens", &monet::sum_over_tokens);

@@ -12,12 +12,38 @@ namespace {
 constexpr int64_t kTaskExperts = 16;   // half-experts of a task
 constexpr int64_t kTaskColumns = 256;  // columns of a task: 512 tokens of them fit in a core's second-level cache
 
+// With few tokens narrower ones keep all cores busy.
+constexpr int64_t kFewTokensColumns = 64;
+
+// f(job, task of the job) for the tasks of all jobs.
+template <class Job, class TasksOf, class F>
+void for_each_task_of_jobs(const Job* jobs, int64_t count, const TasksOf& tasks_of, const F& f) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += tasks_of(jobs[i]);
+  for_each_task(total, [&](int64_t task) {
+    const Job* job = jobs;
+    for (; task >= tasks_of(*job); ++job) task -= tasks_of(*job);
+    f(*job, task);
+  });
+}
+
 // f(half-expert, first pair, number of pairs) for the groups of a block that are not empty.
 template <class F>
 inline void for_each_group(const Pairs& pairs, int64_t block, int64_t begin, int64_t end, const F& f) {
   const int32_t* start = pairs.group_start + block * pairs.experts;
   for (int64_t expert = begin; expert < end; ++expert)
     if (start[expert] < start[expert + 1]) f(expert, int64_t{start[expert]}, int64_t{start[expert + 1] - start[expert]});
+}
+
+// How many of the terms from the first on go into one scatter: those over the same pairs.
+constexpr int64_t kMaxParts = 2;
+template <class S>
+int64_t parts_together(const Term<S>* first, const Term<S>* end) {
+  int64_t count = 1;
+  while (count < kMaxParts && first + count < end && &first[count].pairs == &first->pairs &&
+         first[count].units == first->units)
+    ++count;
+  return count;
 }
 
 inline void convert(float from, BFloat16& to) {
@@ -42,61 +68,71 @@ inline double widen(double value) { return value; }
 }  // namespace
 
 template <class S>
-void project(
-    const Pairs& pairs, Rows<const S> x, Rows<const S> w, const S* bias, int64_t units, int64_t columns,
-    Accumulator<S>* out) {
-  using C = Accumulator<S>;
-  const int64_t ranges = ceil_div(pairs.experts, kTaskExperts);
-  for_each_task(pairs.blocks() * ranges, [&](int64_t task) {
-    const int64_t begin = task % ranges * kTaskExperts, end = smaller(pairs.experts, begin + kTaskExperts);
-    for_each_group(pairs, task / ranges, begin, end, [&](int64_t expert, int64_t first, int64_t count) {
-      C* rows = out + first * units;
-      for (int64_t i = 0; i < count * units; ++i) rows[i] = bias ? widen(bias[expert * units + i % units]) : C{0};
+void project(const Projection<S>* jobs, int64_t count) {
+  const auto tasks_of = [](const Projection<S>& job) {
+    return job.pairs.blocks() * ceil_div(job.pairs.experts, kTaskExperts);
+  };
+  for_each_task_of_jobs(jobs, count, tasks_of, [](const Projection<S>& job, int64_t task) {
+    const int64_t ranges = ceil_div(job.pairs.experts, kTaskExperts), units = job.units;
+    const int64_t begin = task % ranges * kTaskExperts, end = smaller(job.pairs.experts, begin + kTaskExperts);
+    for_each_group(job.pairs, task / ranges, begin, end, [&](int64_t expert, int64_t first, int64_t pairs) {
+      Accumulator<S>* out = job.out + first * units;
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        for (int64_t u = 0; u < units; ++u) out[pair * units + u] = job.bias ? widen(job.bias[expert * units + u]) : 0;
       products<S>().dot(
-          x, pairs.token + first, count, {w.row(expert * units), w.stride}, units, columns, {rows, units});
+          job.x, job.pairs.token + first, pairs, {job.w.row(expert * units), job.w.stride}, units, job.columns,
+          {out, units});
     });
   });
 }
 
 template <class S>
-void combine(const Term<S>* terms, int64_t term_count, int64_t columns, Rows<S> out) {
-  using C = Accumulator<S>;
-  const Pairs& any = terms[0].pairs;
-  const int64_t chunks = ceil_div(columns, kTaskColumns);
-  for_each_task(any.blocks() * chunks, [&](int64_t task) {
-    const int64_t first_token = task / chunks * kBlockTokens, tokens = smaller(kBlockTokens, any.tokens - first_token);
-    const int64_t column = task % chunks * kTaskColumns, width = smaller(kTaskColumns, columns - column);
-    std::vector<C> sums(tokens * width, C{0});
-    for (int64_t i = 0; i < term_count; ++i) {
-      const Term<S>& term = terms[i];
-      const int64_t units = term.units;
-      const auto add = [&](int64_t expert, int64_t first, int64_t count) {
+void combine(const Combination<S>* jobs, int64_t count) {
+  const auto chunk_columns = [](const Combination<S>& job) {
+    return job.terms[0].pairs.tokens < kFewTokens ? kFewTokensColumns : kTaskColumns;
+  };
+  const auto tasks_of = [&](const Combination<S>& job) {
+    return job.terms[0].pairs.blocks() * ceil_div(job.columns, chunk_columns(job));
+  };
+  for_each_task_of_jobs(jobs, count, tasks_of, [&](const Combination<S>& job, int64_t task) {
+    const int64_t chunk = chunk_columns(job), chunks = ceil_div(job.columns, chunk), block = task / chunks;
+    const int64_t first_token = block * kBlockTokens;
+    const int64_t tokens = smaller(kBlockTokens, job.terms[0].pairs.tokens - first_token);
+    const int64_t column = task % chunks * chunk, width = smaller(chunk, job.columns - column);
+    std::vector<Accumulator<S>> sums(tokens * width);
+    const Term<S>* end = job.terms + job.term_count;
+    for (const Term<S>* term = job.terms; term != end; term += parts_together(term, end)) {
+      const int64_t units = term->units, part_count = parts_together(term, end);
+      for_each_group(term->pairs, block, 0, term->pairs.experts, [&](int64_t expert, int64_t first, int64_t pairs) {
+        ScatterPart<S> parts[kMaxParts];
+        for (int64_t i = 0; i < part_count; ++i)
+          parts[i] = {{term[i].y + first * units, units}, {term[i].w.row(expert * units) + column, term[i].w.stride}};
         products<S>().scatter(
-            {term.y + first * units, units}, term.pairs.token + first, first_token, count,
-            {term.w.row(expert * units) + column, term.w.stride}, units, width, {sums.data(), width});
-      };
-      for_each_group(term.pairs, task / chunks, 0, term.pairs.experts, add);
+            parts, part_count, term->pairs.token + first, static_cast<int32_t>(first_token), pairs, units, width,
+            {sums.data(), width});
+      });
     }
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t k = 0; k < width; ++k) convert(sums[t * width + k], out.row(first_token + t)[column + k]);
+      for (int64_t k = 0; k < width; ++k) convert(sums[t * width + k], job.out.row(first_token + t)[column + k]);
   });
 }
 
 template <class S>
-void weight_gradient(
-    const Pairs& pairs, const Accumulator<S>* y, Rows<const S> x, int64_t units, int64_t columns,
-    Accumulator<S>* out) {
-  const int64_t ranges = ceil_div(pairs.experts, kTaskExperts);
-  for_each_task(ceil_div(columns, kTaskColumns) * ranges, [&](int64_t task) {
-    const int64_t column = task / ranges * kTaskColumns, width = smaller(kTaskColumns, columns - column);
-    const int64_t begin = task % ranges * kTaskExperts, end = smaller(pairs.experts, begin + kTaskExperts);
+void weight_gradients(const WeightGradient<S>* jobs, int64_t count) {
+  const auto tasks_of = [](const WeightGradient<S>& job) {
+    return ceil_div(job.columns, kTaskColumns) * ceil_div(job.pairs.experts, kTaskExperts);
+  };
+  for_each_task_of_jobs(jobs, count, tasks_of, [](const WeightGradient<S>& job, int64_t task) {
+    const int64_t ranges = ceil_div(job.pairs.experts, kTaskExperts), units = job.units;
+    const int64_t column = task / ranges * kTaskColumns, width = smaller(kTaskColumns, job.columns - column);
+    const int64_t begin = task % ranges * kTaskExperts, end = smaller(job.pairs.experts, begin + kTaskExperts);
     for (int64_t row = begin * units; row < end * units; ++row)
-      std::fill_n(out + row * columns + column, width, Accumulator<S>{0});
-    for (int64_t block = 0; block < pairs.blocks(); ++block)
-      for_each_group(pairs, block, begin, end, [&](int64_t expert, int64_t first, int64_t count) {
+      std::fill_n(job.out + row * job.columns + column, width, Accumulator<S>{0});
+    for (int64_t block = 0; block < job.pairs.blocks(); ++block)
+      for_each_group(job.pairs, block, begin, end, [&](int64_t expert, int64_t first, int64_t pairs) {
         products<S>().outer(
-            {y + first * units, units}, x.from_column(column), pairs.token + first, count, units, width,
-            {out + expert * units * columns + column, columns});
+            {job.y + first * units, units}, job.x.from_column(column), job.pairs.token + first, pairs, units, width,
+            {job.out + expert * units * job.columns + column, job.columns});
       });
   });
 }
@@ -108,9 +144,26 @@ void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out) {
     std::fill(out + begin * units, out + end * units, C{0});
     for (int64_t block = 0; block < pairs.blocks(); ++block)
       for_each_group(pairs, block, begin, end, [&](int64_t expert, int64_t first, int64_t count) {
-        for (int64_t i = 0; i < count * units; ++i) out[expert * units + i % units] += y[first * units + i];
+        for (int64_t pair = first; pair < first + count; ++pair)
+          for (int64_t u = 0; u < units; ++u) out[expert * units + u] += y[pair * units + u];
       });
   });
+}
+
+void group_entries(
+    const int64_t* token, const int64_t* row, int64_t count, int64_t tokens, int64_t rows, int32_t* token_of_pair,
+    int32_t* group_start, int32_t* entry_of_pair) {
+  const auto group = [&](int64_t entry) { return token[entry] / kBlockTokens * rows + row[entry]; };
+  const int64_t groups = ceil_div(tokens, kBlockTokens) * rows;
+  std::fill(group_start, group_start + groups + 1, 0);
+  for (int64_t entry = 0; entry < count; ++entry) ++group_start[group(entry) + 1];
+  for (int64_t g = 0; g < groups; ++g) group_start[g + 1] += group_start[g];
+  std::vector<int32_t> next(group_start, group_start + groups);
+  for (int64_t entry = 0; entry < count; ++entry) {
+    const int32_t pair = next[group(entry)]++;
+    token_of_pair[pair] = static_cast<int32_t>(token[entry]);
+    entry_of_pair[pair] = static_cast<int32_t>(entry);
+  }
 }
 
 template <class From, class To>
@@ -118,19 +171,37 @@ void transpose(const From* in, int64_t rows, int64_t columns, To* out) {
   constexpr int64_t tile = 32;
   const int64_t across = ceil_div(columns, tile);
   for_each_task(across, [&](int64_t task) {
-    const int64_t begin = task * tile, end = smaller(columns, begin + tile);
-    for (int64_t top = 0; top < rows; top += tile)
-      for (int64_t j = begin; j < end; ++j)
-        for (int64_t i = top; i < smaller(rows, top + tile); ++i) convert(in[i * columns + j], out[j * rows + i]);
+    const int64_t left = task * tile, width = smaller(tile, columns - left);
+    // Through a buffer: rows of a matrix are often a multiple of the page size apart, and would evict each other.
+    To buffer[tile][tile];
+    for (int64_t top = 0; top < rows; top += tile) {
+      const int64_t height = smaller(tile, rows - top);
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t j = 0; j < width; ++j) convert(in[(top + i) * columns + left + j], buffer[j][i]);
+      for (int64_t j = 0; j < width; ++j) std::copy_n(buffer[j], height, out + (left + j) * rows + top);
+    }
+  });
+}
+
+template <class S>
+void transpose_used(const S* in, int64_t rows, const Pairs& pairs, int64_t units, S* out) {
+  std::vector<int64_t> used;
+  for (int64_t block = 0; block < pairs.blocks(); ++block)
+    for_each_group(pairs, block, 0, pairs.experts, [&](int64_t expert, int64_t, int64_t) { used.push_back(expert); });
+  constexpr int64_t task_rows = 16;
+  const int64_t columns = pairs.experts * units;
+  for_each_task(ceil_div(rows, task_rows), [&](int64_t task) {
+    for (int64_t i = task * task_rows; i < smaller(rows, (task + 1) * task_rows); ++i)
+      for (const int64_t expert : used)
+        for (int64_t j = expert * units; j < (expert + 1) * units; ++j) out[j * rows + i] = in[i * columns + j];
   });
 }
 
 #define INSTANTIATE(S)                                                                                           \
-  template void project(                                                                                         \
-      const Pairs&, Rows<const S>, Rows<const S>, const S*, int64_t, int64_t, Accumulator<S>*);                  \
-  template void combine(const Term<S>*, int64_t, int64_t, Rows<S>);                                              \
-  template void weight_gradient(                                                                                 \
-      const Pairs&, const Accumulator<S>*, Rows<const S>, int64_t, int64_t, Accumulator<S>*)
+  template void project(const Projection<S>*, int64_t);                                                          \
+  template void combine(const Combination<S>*, int64_t);                                                         \
+  template void weight_gradients(const WeightGradient<S>*, int64_t);                                             \
+  template void transpose_used(const S*, int64_t, const Pairs&, int64_t, S*)
 INSTANTIATE(float);
 INSTANTIATE(BFloat16);
 INSTANTIATE(double);

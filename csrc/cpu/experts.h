@@ -11,6 +11,9 @@
 
 namespace monet::cpu {
 
+// Fewer tokens than this are decoding, where reading weights is all the work.
+constexpr int64_t kFewTokens = 16;
+
 // Gates of one side: values [pairs, heads].
 template <class C>
 struct Side {
@@ -19,13 +22,22 @@ struct Side {
   int64_t heads;
 };
 
+// The three products over all pairs. Several jobs of a kind are given at once, so that they share one round of threads.
+
 // out[p] = w_i x_t + bias_i for pair p = (t, i): [pairs, units]. bias [experts * units] may be null.
 template <class S>
-void project(
-    const Pairs& pairs, Rows<const S> x, Rows<const S> w, const S* bias, int64_t units, int64_t columns,
-    Accumulator<S>* out);
+struct Projection {
+  const Pairs& pairs;
+  Rows<const S> x, w;
+  const S* bias;
+  int64_t units, columns;
+  Accumulator<S>* out;
+};
+template <class S>
+void project(const Projection<S>* jobs, int64_t count);
 
-// A sum over the pairs of one side: y [pairs, units] times the rows of w.
+// out[t] = sum over the terms and the pairs p of token t of y[p] w_i: [tokens, columns], y [pairs, units]. Terms over
+// the same pairs are best put next to each other.
 template <class S>
 struct Term {
   const Pairs& pairs;
@@ -33,16 +45,26 @@ struct Term {
   Rows<const S> w;
   int64_t units;
 };
-
-// out[t] = sum over the terms and the pairs p of token t of y[p] w_i: [tokens, columns].
 template <class S>
-void combine(const Term<S>* terms, int64_t term_count, int64_t columns, Rows<S> out);
+struct Combination {
+  const Term<S>* terms;
+  int64_t term_count, columns;
+  Rows<S> out;
+};
+template <class S>
+void combine(const Combination<S>* jobs, int64_t count);
 
 // out_i = sum over the pairs p of half-expert i of y[p]^T x_t: [experts * units, columns].
 template <class S>
-void weight_gradient(
-    const Pairs& pairs, const Accumulator<S>* y, Rows<const S> x, int64_t units, int64_t columns,
-    Accumulator<S>* out);
+struct WeightGradient {
+  const Pairs& pairs;
+  const Accumulator<S>* y;
+  Rows<const S> x;
+  int64_t units, columns;
+  Accumulator<S>* out;
+};
+template <class S>
+void weight_gradients(const WeightGradient<S>* jobs, int64_t count);
 
 // out_i = sum over the pairs p of half-expert i of y[p]: [experts, units].
 template <class C>
@@ -79,8 +101,18 @@ void gate_totals(const Side<C>& side, C* totals);
 template <class C>
 void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates);
 
+// Groups the entries (token[i], row[i]) of a sparse matrix [tokens, rows] as pairs of half-experts with one unit: their
+// tokens, group starts, and the entry that each pair was.
+void group_entries(
+    const int64_t* token, const int64_t* row, int64_t count, int64_t tokens, int64_t rows, int32_t* token_of_pair,
+    int32_t* group_start, int32_t* entry_of_pair);
+
 // out = in^T for in [rows, columns].
 template <class From, class To>
 void transpose(const From* in, int64_t rows, int64_t columns, To* out);
+
+// The same for those columns alone that belong to half-experts of some pair; other rows of out are left as they are.
+template <class S>
+void transpose_used(const S* in, int64_t rows, const Pairs& pairs, int64_t units, S* out);
 
 }  // namespace monet::cpu

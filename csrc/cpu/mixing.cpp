@@ -20,19 +20,47 @@ inline C relu_squared_slope(C s) {
   return s < 0 ? 0 * s : 2 * s;
 }
 
-template <class C>
-inline C dot(const C* a, const C* b, int64_t units) {
+template <class C, class U>
+inline C dot(const C* a, const C* b, U units) {
   C sum = 0;
   for (int64_t u = 0; u < units; ++u) sum += a[u] * b[u];
   return sum;
 }
 
+// The number of units: known to the compiler for the usual sizes, so that loops over it unroll.
+template <int known>
+struct Units {
+  explicit Units(int64_t) {}
+  operator int64_t() const { return known; }
+};
+template <>
+struct Units<0> {
+  explicit Units(int64_t count) : count_(count) {}
+  operator int64_t() const { return count_; }
+
+ private:
+  int64_t count_;
+};
+
+template <class F>
+void with_units(int64_t count, const F& f) {
+  switch (count) {
+    case 4: return f(Units<4>(count));
+    case 6: return f(Units<6>(count));
+    case 8: return f(Units<8>(count));
+    case 12: return f(Units<12>(count));
+    case 16: return f(Units<16>(count));
+    case 24: return f(Units<24>(count));
+    default: return f(Units<0>(count));
+  }
+}
+
 // One side of one token. "By pair" is [pairs, units] over all tokens, "by head" is [heads, units] of this token.
-template <class C>
+template <class C, class U>
 class TokenSide {
  public:
-  TokenSide(const Side<C>& side, int64_t token, int64_t units)
-      : gates_(side.gates), heads_(side.heads), units_(units),
+  TokenSide(const Side<C>& side, int64_t token, U units)
+      : units_(units), gates_(side.gates), heads_(side.heads),
         first_(side.pairs.row_pair + side.pairs.row_start[token]),
         last_(side.pairs.row_pair + side.pairs.row_start[token + 1]) {}
 
@@ -99,8 +127,9 @@ class TokenSide {
         if (const C gate = gates_[*pair * heads_ + h]; gate != 0) f(int64_t{*pair}, h, gate);
   }
 
+  U units_;
   const C* gates_;
-  int64_t heads_, units_;
+  int64_t heads_;
   const int32_t *first_, *last_;
 };
 
@@ -117,86 +146,94 @@ void for_each_token(int64_t tokens, int64_t count, const F& f) {
 
 template <class C>
 void mix_vertical(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix) {
-  const int64_t by_head = side1.heads * units;
-  for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* scratch) {
-    const TokenSide<C> one(side1, t, units), two(side2, t, units);
-    C *mixed_a = scratch, *mixed_c = scratch + by_head;
-    one.activate(s1, mix.own1);
-    two.activate(s2, mix.own2);
-    one.gather(mix.own1, mixed_a);
-    two.gather(mix.own2, mixed_c);
-    one.spread(mixed_c, mix.cross1);
-    two.spread(mixed_a, mix.cross2);
-    one.template scale_by_total<false>(mix.own1, mix.own1);
-    two.template scale_by_total<false>(mix.own2, mix.own2);
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t count, const VerticalMix<C>& mix) {
+  const int64_t by_head = side1.heads * count;
+  with_units(count, [&](auto units) {
+    for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* scratch) {
+      const TokenSide one(side1, t, units), two(side2, t, units);
+      C *mixed_a = scratch, *mixed_c = scratch + by_head;
+      one.activate(s1, mix.own1);
+      two.activate(s2, mix.own2);
+      one.gather(mix.own1, mixed_a);
+      two.gather(mix.own2, mixed_c);
+      one.spread(mixed_c, mix.cross1);
+      two.spread(mixed_a, mix.cross2);
+      one.template scale_by_total<false>(mix.own1, mix.own1);
+      two.template scale_by_total<false>(mix.own2, mix.own2);
+    });
   });
 }
 
 template <class C>
 void mix_vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t count,
     const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2) {
-  const int64_t by_head = side1.heads * units;
+  const int64_t by_head = side1.heads * count;
   std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
   std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
-  for_each_token<C>(side1.pairs.tokens, 4 * by_head, [&](int64_t t, C* scratch) {
-    const TokenSide<C> one(side1, t, units), two(side2, t, units);
-    C *mixed_a = scratch, *mixed_c = mixed_a + by_head, *dmixed_a = mixed_c + by_head, *dmixed_c = dmixed_a + by_head;
-    one.activate(s1, mix.own1);
-    two.activate(s2, mix.own2);
-    one.gather(mix.own1, mixed_a);
-    two.gather(mix.own2, mixed_c);
-    one.spread(mixed_c, mix.cross1);
-    two.spread(mixed_a, mix.cross2);
-    one.gather(dmix.cross1, dmixed_c);
-    two.gather(dmix.cross2, dmixed_a);
+  with_units(count, [&](auto units) {
+    for_each_token<C>(side1.pairs.tokens, 4 * by_head, [&](int64_t t, C* scratch) {
+      const TokenSide one(side1, t, units), two(side2, t, units);
+      C *mixed_a = scratch, *mixed_c = mixed_a + by_head, *dmixed_a = mixed_c + by_head, *dmixed_c = dmixed_a + by_head;
+      one.activate(s1, mix.own1);
+      two.activate(s2, mix.own2);
+      one.gather(mix.own1, mixed_a);
+      two.gather(mix.own2, mixed_c);
+      one.spread(mixed_c, mix.cross1);
+      two.spread(mixed_a, mix.cross2);
+      one.gather(dmix.cross1, dmixed_c);
+      two.gather(dmix.cross2, dmixed_a);
 
-    const auto side_backward = [&](const TokenSide<C>& side, const C* s, C* own, const C* down, const C* dcross,
-                                   const C* mixed_other, const C* dmixed, C* ds, C* dgates) {
-      side.add_gate_gradient(mixed_other, dcross, dgates);
-      side.add_gate_gradient(dmixed, own, dgates);
-      side.add_total_gradient(own, down, dgates);
-      side.spread(dmixed, ds);
-      side.template scale_by_total<true>(down, ds);
-      side.activate_backward(s, ds, ds);
-      side.template scale_by_total<false>(own, own);
-    };
-    side_backward(one, s1, mix.own1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, ds1, dgates1);
-    side_backward(two, s2, mix.own2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, ds2, dgates2);
+      const auto side_backward = [&](const auto& side, const C* s, C* own, const C* down, const C* dcross,
+                                     const C* mixed_other, const C* dmixed, C* ds, C* dgates) {
+        side.add_gate_gradient(mixed_other, dcross, dgates);
+        side.add_gate_gradient(dmixed, own, dgates);
+        side.add_total_gradient(own, down, dgates);
+        side.spread(dmixed, ds);
+        side.template scale_by_total<true>(down, ds);
+        side.activate_backward(s, ds, ds);
+        side.template scale_by_total<false>(own, own);
+      };
+      side_backward(one, s1, mix.own1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, ds1, dgates1);
+      side_backward(two, s2, mix.own2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, ds2, dgates2);
+    });
   });
 }
 
 template <class C>
-void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y) {
-  std::vector<C> a(side1.pairs.count * units);
-  for_each_token<C>(side1.pairs.tokens, side1.heads * units, [&](int64_t t, C* mixed) {
-    const TokenSide<C> one(side1, t, units), two(side2, t, units);
-    one.activate(s1, a.data());
-    one.gather(a.data(), mixed);
-    two.spread(mixed, y);
+void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t count, C* y) {
+  std::vector<C> a(side1.pairs.count * count);
+  with_units(count, [&](auto units) {
+    for_each_token<C>(side1.pairs.tokens, side1.heads * count, [&](int64_t t, C* mixed) {
+      const TokenSide one(side1, t, units), two(side2, t, units);
+      one.activate(s1, a.data());
+      one.gather(a.data(), mixed);
+      two.spread(mixed, y);
+    });
   });
 }
 
 template <class C>
 void mix_horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
+    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t count, const C* dy, C* y, C* ds1, C* dgates1,
     C* dgates2) {
-  const int64_t by_head = side1.heads * units;
+  const int64_t by_head = side1.heads * count;
   std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
   std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
-  for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* mixed) {
-    const TokenSide<C> one(side1, t, units), two(side2, t, units);
-    C* dmixed = mixed + by_head;
-    C* a = ds1;  // until its gradient takes the place
-    one.activate(s1, a);
-    one.gather(a, mixed);
-    two.spread(mixed, y);
-    two.gather(dy, dmixed);
-    two.add_gate_gradient(mixed, dy, dgates2);
-    one.add_gate_gradient(dmixed, a, dgates1);
-    one.spread(dmixed, ds1);
-    one.activate_backward(s1, ds1, ds1);
+  with_units(count, [&](auto units) {
+    for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* mixed) {
+      const TokenSide one(side1, t, units), two(side2, t, units);
+      C* dmixed = mixed + by_head;
+      C* a = ds1;  // until its gradient takes the place
+      one.activate(s1, a);
+      one.gather(a, mixed);
+      two.spread(mixed, y);
+      two.gather(dy, dmixed);
+      two.add_gate_gradient(mixed, dy, dgates2);
+      one.add_gate_gradient(dmixed, a, dgates1);
+      one.spread(dmixed, ds1);
+      one.activate_backward(s1, ds1, ds1);
+    });
   });
 }
 

@@ -18,6 +18,13 @@ struct Rows {
   Rows from_column(int64_t column) const { return {data + column, stride}; }
 };
 
+// One addend of `scatter`.
+template <class S>
+struct ScatterPart {
+  Rows<const Accumulator<S>> y;
+  Rows<const S> w;
+};
+
 template <class S>
 struct Products {
   using C = Accumulator<S>;
@@ -25,9 +32,9 @@ struct Products {
   // out[p][u] += sum over k of x[token[p]][k] w[u][k]
   void (*dot)(Rows<const S> x, const int32_t* token, int64_t pairs, Rows<const S> w, int64_t units, int64_t columns,
               Rows<C> out);
-  // out[token[p] - first_token][k] += sum over u of y[p][u] w[u][k]
-  void (*scatter)(Rows<const C> y, const int32_t* token, int32_t first_token, int64_t pairs, Rows<const S> w,
-                  int64_t units, int64_t columns, Rows<C> out);
+  // out[token[p] - first_token][k] += sum over the parts and u of y[p][u] w[u][k]
+  void (*scatter)(const ScatterPart<S>* parts, int64_t part_count, const int32_t* token, int32_t first_token,
+                  int64_t pairs, int64_t units, int64_t columns, Rows<C> out);
   // out[u][k] += sum over p of y[p][u] x[token[p]][k]
   void (*outer)(Rows<const C> y, Rows<const S> x, const int32_t* token, int64_t pairs, int64_t units,
                 int64_t columns, Rows<C> out);

@@ -8,6 +8,9 @@
 namespace monet::cpu {
 namespace {
 
+// Rows are fetched this many pairs before they are needed: tokens of a group lie apart, which no hardware foresees.
+constexpr int64_t kAhead = 8;
+
 template <int n>
 struct Constant {
   static constexpr int value = n;
@@ -103,25 +106,29 @@ void dot(
 
 template <class S, int pairs, int vectors, class Part>
 void scatter_tile(
-    Rows<const Accumulator<S>> y, const int32_t* token, int32_t first_token, Rows<const S> w, int64_t units,
-    Rows<Accumulator<S>> out, const Part& part) {
+    const ScatterPart<S>* parts, int64_t part_count, int64_t first_pair, int64_t column, const int32_t* token,
+    int32_t first_token, int64_t units, Rows<Accumulator<S>> out, const Part& part) {
   using C = Accumulator<S>;
   C* row[pairs];
-  for (int p = 0; p < pairs; ++p) row[p] = out.row(token[p] - first_token);
+  for (int p = 0; p < pairs; ++p) row[p] = out.row(token[first_pair + p] - first_token) + column;
   Values<C> sum[pairs][vectors];
 #pragma GCC unroll 16
   for (int p = 0; p < pairs; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) sum[p][v] = part.read(row[p] + v * lanes<C>);
-  for (int64_t u = 0; u < units; ++u) {
-    Values<C> weight[vectors];
+  for (int64_t i = 0; i < part_count; ++i) {
+    const C* y = parts[i].y.row(first_pair);
+    const S* w = parts[i].w.data + column;
+    for (int64_t u = 0; u < units; ++u, w += parts[i].w.stride) {
+      Values<C> weight[vectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) weight[v] = part.read(w.row(u) + v * lanes<C>);
+      for (int v = 0; v < vectors; ++v) weight[v] = part.read(w + v * lanes<C>);
 #pragma GCC unroll 16
-    for (int p = 0; p < pairs; ++p) {
-      const C factor = y.row(p)[u];
+      for (int p = 0; p < pairs; ++p) {
+        const C factor = y[p * parts[i].y.stride + u];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) sum[p][v] += weight[v] * factor;
+        for (int v = 0; v < vectors; ++v) sum[p][v] += weight[v] * factor;
+      }
     }
   }
 #pragma GCC unroll 16
@@ -132,12 +139,15 @@ void scatter_tile(
 
 template <class S>
 void scatter(
-    Rows<const Accumulator<S>> y, const int32_t* token, int32_t first_token, int64_t pairs, Rows<const S> w,
+    const ScatterPart<S>* parts, int64_t part_count, const int32_t* token, int32_t first_token, int64_t pairs,
     int64_t units, int64_t columns, Rows<Accumulator<S>> out) {
   for_each_column_tile<Accumulator<S>, SCATTER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
     for_each_tile<SCATTER_PAIRS>(pairs, [&](int64_t p, auto tile_pairs) {
+      for (int64_t next = p + tile_pairs.value; next < smaller(pairs, p + 2 * tile_pairs.value); ++next)
+        for (int v = 0; v < vectors.value; ++v)
+          __builtin_prefetch(out.row(token[next] - first_token) + k + v * lanes<Accumulator<S>>, 1);
       scatter_tile<S, tile_pairs.value, vectors.value>(
-          {y.row(p), y.stride}, token + p, first_token, w.from_column(k), units, out.from_column(k), part);
+          parts, part_count, p, k, token, first_token, units, out, part);
     });
   });
 }
@@ -154,6 +164,8 @@ void outer_tile(
     for (int v = 0; v < vectors; ++v) sum[u][v] = part.read(out.row(u) + v * lanes<C>);
   for (int64_t p = 0; p < pairs; ++p) {
     const S* row = x.row(token[p]);
+    const S* ahead = x.row(token[p + kAhead < pairs ? p + kAhead : p]);
+    for (int v = 0; v < vectors; ++v) __builtin_prefetch(ahead + v * lanes<C>);
     Values<C> value[vectors];
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) value[v] = part.read(row + v * lanes<C>);

@@ -4,7 +4,7 @@
 #define MONET_NAME "AVX-512"
 #define DOT_PAIRS 4
 #define DOT_UNITS 6
-#define SCATTER_PAIRS 6
+#define SCATTER_PAIRS 4
 #define SCATTER_VECTORS 4
 #define OUTER_UNITS 6
 #define OUTER_VECTORS 4

@@ -222,6 +222,28 @@ void active_softmax_backward(const T* gates, const T* dgates, const Pairs& pairs
 }
 
 template <class T>
+int64_t count_active(const T* gates, int64_t pairs, int64_t heads) {
+  return pairs * heads - std::count(gates, gates + pairs * heads, T{0});
+}
+
+template <class T>
+void active_entries(
+    const T* gates, const T* dlogits, const Pairs& pairs, int64_t heads, int64_t count, int64_t* indices, T* values) {
+  int64_t entry = 0;
+  for (int64_t block = 0; block < pairs.blocks(); ++block)
+    for_each_group(pairs, block, [&](int64_t expert, int64_t first, int64_t last) {
+      for (int64_t pair = first; pair < last; ++pair)
+        for (int64_t h = 0; h < heads; ++h)
+          if (gates[pair * heads + h] != 0) {
+            indices[entry] = pairs.token[pair];
+            indices[count + entry] = h;
+            indices[2 * count + entry] = expert;
+            values[entry++] = dlogits[pair * heads + h];
+          }
+    });
+}
+
+template <class T>
 void scatter_dense(const T* values, const Pairs& pairs, int64_t heads, T* dense) {
   for_each_task(pairs.blocks(), [&](int64_t block) {
     const int64_t begin = block * kBlockTokens, end = smaller(pairs.tokens, begin + kBlockTokens);
@@ -303,6 +325,8 @@ template void head_moments(const double*, int64_t, int64_t, int64_t, double*);
   template void mark_active(const T*, const T*, int64_t, int64_t, int64_t, const Marks<T>&, int32_t*);           \
   template void active_softmax(const T*, const Marks<T>&, const Pairs&, int64_t, T*);                            \
   template void active_softmax_backward(const T*, const T*, const Pairs&, int64_t, T*);                          \
+  template int64_t count_active(const T*, int64_t, int64_t);                                                     \
+  template void active_entries(const T*, const T*, const Pairs&, int64_t, int64_t, int64_t*, T*);                \
   template void scatter_dense(const T*, const Pairs&, int64_t, T*);                                              \
   template void gather_dense(const T*, const Pairs&, int64_t, T*);                                               \
   template void sum_over_tokens(const T*, const Pairs&, int64_t, T*);                                            \

@@ -40,6 +40,14 @@ void active_softmax(const T* logits, const Marks<T>& marks, const Pairs& pairs, 
 template <class T>
 void active_softmax_backward(const T* gates, const T* dgates, const Pairs& pairs, int64_t heads, T* dlogits);
 
+// The entries of dlogits [tokens, heads, experts] that may differ from 0: those whose gate does.
+template <class T>
+int64_t count_active(const T* gates, int64_t pairs, int64_t heads);
+// indices [3, count]: token, head, half-expert of each; values [count]. In the order of the pairs.
+template <class T>
+void active_entries(
+    const T* gates, const T* dlogits, const Pairs& pairs, int64_t heads, int64_t count, int64_t* indices, T* values);
+
 // Spreads values [pairs, heads] over dense [tokens, heads, experts], 0 elsewhere.
 template <class T>
 void scatter_dense(const T* values, const Pairs& pairs, int64_t heads, T* dense);

@@ -24,6 +24,8 @@ __all__ = [
     "head_moments",
     "horizontal_experts",
     "route",
+    "router_logits",
+    "store_by_columns",
     "vertical_experts",
 ]
 
@@ -38,6 +40,16 @@ def describe(implementation: str, device: torch.device | str) -> str:
     if reason is None:
         return f"expert kernels: native, sparse (CPU, {torch.ops.monet.instruction_set()})"
     return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
+
+
+def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Logits [T, H, E] of one router side. See :func:`plain.router_logits`.
+
+    Logits from here may go straight into ``route``: the backward pass then touches active logits only.
+    """
+    if _why_not_native(x.device) is None:
+        return compact.router_logits(x, weight, heads)
+    return plain.router_logits(x, weight, heads)
 
 
 def head_moments(z: Tensor) -> Tensor:
@@ -82,6 +94,15 @@ def expert_bias(g: Gates, b: Tensor) -> Tensor:
     if isinstance(g, CompactGates):
         return experts.expert_bias(g, b)
     return plain.expert_bias(g.dense(), b)
+
+
+def store_by_columns(weight: Tensor) -> Tensor:
+    """The same matrix with its columns contiguous in memory: how output weights (``v``) are best stored for decoding.
+
+    The native kernels read rows of half-experts, that is columns of ``v``. They rearrange a weight that is stored
+    otherwise, which is little work for a batch but more than all the rest for a single token.
+    """
+    return weight.t().contiguous().t()
 
 
 def _why_not_native(device: torch.device) -> str | None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from monet_train.kernels import plain
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -65,11 +67,41 @@ def route(z: Tensor, threshold: Tensor) -> CompactGates:
     return CompactGates(values, Layout(token, group_start, row_start, row_pair, experts=z.shape[-1]))
 
 
+def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Logits [T, H, E] whose backward takes the gradient of :func:`route` in sparse form."""
+    return _Logits.apply(x, weight, heads)
+
+
+class _Logits(torch.autograd.Function):
+    """Only active logits have a gradient, under 2% of them: torch's sparse tensors carry it from :class:`_Route`.
+
+    A gradient from elsewhere may be dense, or a sum of both, which autograd makes dense.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, heads: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return plain.router_logits(x, weight, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        if not dz.is_sparse:
+            dz = dz.flatten(1).to(x.dtype)
+            return dz @ weight, dz.t() @ x, None
+        token, head, expert = dz._indices()
+        row = head * dz.shape[2] + expert
+        return *torch.ops.monet.linear_sparse_backward(token, row, dz._values(), x, weight), None
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
         values, *layout = torch.ops.monet.route(z, threshold.to(z.dtype))
-        ctx.experts = z.shape[-1]
+        ctx.shape = z.shape
+        # A sparse gradient is for who expects it: other operations (a view, a cast) refuse one.
+        ctx.sparse = getattr(z.grad_fn, "_forward_cls", None) is _Logits
         ctx.save_for_backward(values, *layout)
         ctx.mark_non_differentiable(*layout)
         return values, *layout
@@ -78,8 +110,12 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dvalues: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
         values, *layout = ctx.saved_tensors
-        dlogits = torch.ops.monet.route_backward(values, dvalues, layout, ctx.experts)
-        return torch.ops.monet.scatter_dense(dlogits, layout, ctx.experts), None
+        experts = ctx.shape[-1]
+        if ctx.sparse:
+            indices, active = torch.ops.monet.route_backward_sparse(values, dvalues, layout, experts)
+            return torch.sparse_coo_tensor(indices, active, ctx.shape, check_invariants=False), None
+        dlogits = torch.ops.monet.route_backward(values, dvalues, layout, experts)
+        return torch.ops.monet.scatter_dense(dlogits, layout, experts), None
 
 
 class _Dense(torch.autograd.Function):

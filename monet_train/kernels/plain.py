@@ -15,6 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Logits [T, H, E] of one router side from tokens [T, d] and its weight [H*E, d].
+
+    In fp32 at least, as published: thresholds and softmax do not bear bf16 logits.
+    """
+    z = F.linear(x, weight).unflatten(-1, (heads, -1))
+    return z if z.dtype == torch.float64 else z.float()
+
+
 def head_moments(z: Tensor) -> Tensor:
     """Sums that the batch normalisation of a router needs.
 

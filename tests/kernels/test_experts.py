@@ -169,13 +169,14 @@ def test_same_bits_with_any_number_of_threads(layer: str, with_threads: Callable
     assert all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [3, 37])
 @pytest.mark.parametrize("layer", ["vertical", "horizontal"])
-def test_weights_stored_by_columns(layer: str) -> None:
+def test_weights_stored_by_columns(layer: str, tokens: int) -> None:
     """The layout for decoding: the same numbers, and gradients in the weight's own layout."""
-    case = make(layer, Shape(), torch.float32).copy(torch.float32)
+    case = make(layer, Shape(tokens=tokens), torch.float32).copy(torch.float32)
     by_columns = case.copy()
     by_columns.weights = [
-        weight.detach().t().contiguous().t().requires_grad_() if weight.shape[0] <= 34 else weight
+        kernels.store_by_columns(weight.detach()).requires_grad_() if weight.shape[0] <= 34 else weight
         for weight in by_columns.weights
     ]
     assert any(not weight.is_contiguous() for weight in by_columns.weights)
