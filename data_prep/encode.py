@@ -18,7 +18,7 @@ from data_prep.recipe import LABELS
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from monet_train.errors import UserError
 
-CHUNKS_AHEAD = 3  # a worker; bounds the memory
+CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer does between chunks
 
 
 class Encoded(NamedTuple):

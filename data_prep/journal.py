@@ -61,15 +61,16 @@ class Journal:
             if not self.done:
                 self.shards.append(shard_from_json(line["shard"]))
 
-    def add(self, shard: ShardRecord) -> None:
-        """Record a finished shard, durably."""
+    def add(self, shard: ShardRecord, totals: Totals) -> None:
+        """Record a finished shard, durably, with what had been left out up to its end."""
         self.shards.append(shard)
-        self._append({"shard": asdict(shard), "totals": asdict(self.totals)})
+        self.totals = totals
+        self._append({"shard": asdict(shard), "totals": asdict(totals)})
 
-    def finish(self) -> None:
+    def finish(self, totals: Totals) -> None:
         """Record that there are no more shards."""
-        self.done = True
-        self._append({"totals": asdict(self.totals)})
+        self.done, self.totals = True, totals
+        self._append({"totals": asdict(totals)})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as stream:

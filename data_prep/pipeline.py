@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +91,13 @@ class Begin(NamedTuple):
         )
 
 
+class Finished(NamedTuple):
+    """A shard that stands, and what had been left out when its last document was read."""
+
+    shard: ShardRecord
+    totals: Totals
+
+
 class RejectsLog:
     """The rejects file and the counts that belong to it."""
 
@@ -115,8 +124,10 @@ class RejectsLog:
 
 def make_shards(
     plan: Plan, folder: Path, begin: Begin, parts_end: int, log: RejectsLog | None, stop: Position | None = None
-) -> Iterator[ShardRecord]:
+) -> Iterator[Finished]:
     """Write shards from ``begin`` to the end of the parts, the recipe's bounds, or ``stop``; yield each when it stands.
+
+    A thread makes a full shard durable (checksums, fsync) while the next one fills.
 
     Raises:
         UserError: a source cannot be read, or a worker was killed.
@@ -125,38 +136,72 @@ def make_shards(
     limit = plan.options.tokens_per_shard
     number, documents, text_bytes = begin.shard, begin.documents, begin.text_bytes
     writer: ShardWriter | None = None
-    end = begin.position
-    try:
-        for position, encoded in _encoded(plan, begin.position, parts_end):
-            if log and position.document == 0:
-                log.note(encoded)
-            first, count = position.document, len(encoded.lengths)
-            allowed = first + _allowed(plan.recipe, encoded, first, documents, text_bytes)
-            while first < allowed and end != stop:
-                start = Position(position.part, position.chunk, first)
-                writer = writer or ShardWriter(folder, shard_name(plan.options, number), plan.dtype, start)
-                cut = _cut(encoded, first, allowed, limit - writer.tokens)
-                writer.add(encoded, first, cut)
-                documents += cut - first
-                text_bytes += int(encoded.text_bytes[first:cut].sum())
-                first = cut
-                end = Position(position.part, position.chunk + (cut == count), cut % count)
-                if writer.tokens >= limit or end == stop:
-                    finished, writer, number = writer, None, number + 1
-                    yield _finish(finished, end)
-            if allowed < count or end == stop:
-                break
-        if writer:
-            finished, writer = writer, None
-            yield _finish(finished, end)
-    finally:
-        if writer:
-            writer.abandon()
+    with _Finisher() as finisher:
+        try:
+            for position, encoded in _encoded(plan, begin.position, parts_end):
+                yield from finisher.ready()
+                if log and position.document == 0:
+                    log.note(encoded)
+                first, count = position.document, len(encoded.lengths)
+                allowed = first + _allowed(plan.recipe, encoded, first, documents, text_bytes)
+                end = None
+                while first < allowed and (end is None or end != stop):
+                    start = Position(position.part, position.chunk, first)
+                    writer = writer or ShardWriter(folder, shard_name(plan.options, number), plan.dtype, start)
+                    cut = _cut(encoded, first, allowed, limit - writer.tokens)
+                    end = Position(position.part, position.chunk + (cut == count), cut % count)
+                    writer.add(encoded, first, cut, end)
+                    documents += cut - first
+                    text_bytes += int(encoded.text_bytes[first:cut].sum())
+                    first = cut
+                    if writer.tokens >= limit or end == stop:
+                        full, writer, number = writer, None, number + 1
+                        yield from finisher.finish(full, log)
+                if allowed < count or (end is not None and end == stop):
+                    break
+            if writer:
+                full, writer = writer, None
+                yield from finisher.finish(full, log)
+            yield from finisher.wait()
+        finally:
+            if writer:
+                writer.abandon()
 
 
-def _finish(writer: ShardWriter, end: Position) -> ShardRecord:
+class _Finisher:
+    """One shard at a time is made durable in a thread; shards are handed out in order."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish")
+        self._pending: tuple[Future[ShardRecord], Totals] | None = None
+
+    def __enter__(self) -> _Finisher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def finish(self, writer: ShardWriter, log: RejectsLog | None) -> Iterator[Finished]:
+        """Start with ``writer``; hand out the shard before it."""
+        yield from self.wait()
+        totals = copy.deepcopy(log.totals) if log else Totals()
+        self._pending = self._thread.submit(_finish, writer), totals
+
+    def ready(self) -> Iterator[Finished]:
+        """Hand out the shard at work if it stands already: what is recorded late would be lost by a kill."""
+        if self._pending and self._pending[0].done():
+            yield from self.wait()
+
+    def wait(self) -> Iterator[Finished]:
+        """Hand out the shard at work, if there is one."""
+        if self._pending:
+            (future, totals), self._pending = self._pending, None
+            yield Finished(future.result(), totals)
+
+
+def _finish(writer: ShardWriter) -> ShardRecord:
     try:
-        return writer.finish(end)
+        return writer.finish()
     except OSError:
         writer.abandon()
         raise

@@ -31,7 +31,8 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, dtype: type[np.number], start: Position) -> None:
         from monet_train.data.megatron import IndexedDatasetBuilder
 
-        self.folder, self.name, self.start = folder, name, start
+        self.folder, self.name = folder, name
+        self.start = self.end = start
         self.documents = self.tokens = self.text_bytes = 0
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
@@ -44,11 +45,12 @@ class ShardWriter:
     def _final(self, suffix: str) -> Path:
         return self.folder / f"{self.name}.{suffix}"
 
-    def add(self, encoded: Encoded, begin: int, end: int) -> None:
-        """Add documents ``begin`` to ``end`` of a chunk."""
+    def add(self, encoded: Encoded, begin: int, end: int, position: Position) -> None:
+        """Add documents ``begin`` to ``end`` of a chunk; ``position`` is that of the document after them."""
+        self.end = position
         lengths = encoded.lengths[begin:end]
-        position = int(encoded.lengths[:begin].sum(dtype=np.int64))
-        tokens = encoded.tokens[position : position + int(lengths.sum(dtype=np.int64))]
+        offset = int(encoded.lengths[:begin].sum(dtype=np.int64))
+        tokens = encoded.tokens[offset : offset + int(lengths.sum(dtype=np.int64))]
         # One call for all documents of a chunk: the builder counts it as one document of many sequences,
         # which the line below mends.
         before = len(self._builder.sequence_lengths)
@@ -62,7 +64,7 @@ class ShardWriter:
         self.tokens += int(lengths.sum(dtype=np.int64))
         self.text_bytes += int(encoded.text_bytes[begin:end].sum())
 
-    def finish(self, end: Position) -> ShardRecord:
+    def finish(self) -> ShardRecord:
         """Write index and labels, make all durable, rename, and describe the shard."""
         self._builder.finalize(str(self._temporary("idx")))
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
@@ -81,7 +83,7 @@ class ShardWriter:
             tokens=self.tokens,
             text_bytes=self.text_bytes,
             start=self.start,
-            end=end,
+            end=self.end,
             files=files,
             labels=labels,
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from data_prep.recipe import Recipe
 from data_prep.shard_writer import disk_error, shard_dtype
 from data_prep.sources import list_parts
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
+from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position
 from monet_train.errors import UserError
 
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
@@ -31,6 +34,8 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
         raise UserError("--max-documents and --max-bytes bound the whole corpus and cannot be used with --tasks")
     if not 0 <= options.task < options.tasks:
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
+    # Megatron's import takes seconds: it goes on while the workers start.
+    threading.Thread(target=importlib.import_module, args=("monet_train.data.megatron",), daemon=True).start()
     plan = Plan(recipe, list_parts(recipe), tokenizer, options)
     with exclusive(folder, f".lock{_task_suffix(options)}"):
         try:
@@ -56,15 +61,15 @@ def _prepare(plan: Plan, folder: Path) -> Manifest | None:
     if not journal.done:
         parts = plan.range_of(plan.options.task)
         begin = Begin.after(journal.shards, Position(parts.start, 0, 0))
-        log = RejectsLog(folder / f"rejects{suffix}.jsonl", journal.totals)
+        log = RejectsLog(folder / f"rejects{suffix}.jsonl", copy.deepcopy(journal.totals))
         kept = begin.documents
-        for shard in make_shards(plan, folder, begin, parts.stop, log):
-            journal.add(shard)
+        for shard, totals in make_shards(plan, folder, begin, parts.stop, log):
+            journal.add(shard, totals)
             kept += shard.documents
             _judge(log, kept, ENOUGH_TO_JUDGE, plan.options.max_bad_share)
         _judge(log, kept, 1, plan.options.max_bad_share)
         write_whole(folder / plan.tokenizer.record.file, plan.tokenizer.path.read_bytes())
-        journal.finish()
+        journal.finish(log.totals)
     return _write_manifest(folder, [journal], plan.tokenizer) if plan.options.tasks == 1 else None
 
 
@@ -133,7 +138,7 @@ def _rebuild(plan: Plan, folder: Path, manifest: Manifest) -> None:
         if all((folder / f"{shard.name}.{suffix}").exists() for suffix in shard.files):
             continue
         begin = Begin.after(shards[:number], shard.start)._replace(position=shard.start)
-        made: ShardRecord = next(make_shards(plan, folder, begin, mine.stop, None, shard.end))
+        made = next(make_shards(plan, folder, begin, mine.stop, None, shard.end)).shard
         if made != shard:
             raise UserError(
                 f"{folder / shard.name}.bin came out differently from what {MANIFEST_NAME} says: the source has "

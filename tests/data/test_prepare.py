@@ -183,34 +183,40 @@ def test_bad_documents_are_reported_with_file_and_line(data, tokenizer: Tokenize
     assert Manifest.read(tmp_path / "out").documents == 22
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
-    jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    program = [
-        sys.executable, "-m", "data_prep", "shards", str(jsonl / "*.jsonl"), "--tokenizer", str(tokenizer.path),
-        "--out", str(out), "--tokens-per-shard", "4000", "--workers", "1",
-    ]  # fmt: skip
-    # The process kills itself while it writes the shard of this number: no timing decides the test.
-    kill = (
-        "import os, signal, sys; from data_prep import shard_writer, __main__ as m\n"
-        "inner, count = shard_writer.sync, [0]\n"
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Also the rejects file and its counts: every 13th line is bad."""
+    lines = [line for name in ("part-0", "part-1") for line in (jsonl / f"{name}.jsonl").read_text().splitlines()]
+    source = tmp_path / "mixed.jsonl"
+    source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
+    options = ["shards", str(source), "--tokenizer", str(tokenizer.path), "--workers", "1",
+               "--tokens-per-shard", "4000", "--max-bad-share", "0.5", "--out"]  # fmt: skip
+    # The process kills itself at the n-th fsync of a shard's file: no timing decides the test. Small chunks, so
+    # that shards end within them and between them.
+    program = (
+        "import os, signal, sys; from data_prep import documents, shard_writer, __main__ as command\n"
+        "documents.CHUNK_BYTES, inner, count, at = 5000, shard_writer.sync, [0], int(sys.argv.pop(1))\n"
         "def sync(path):\n"
         "    count[0] += 1\n"
-        "    if count[0] == {at}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if count[0] == at: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    inner(path)\n"
-        "shard_writer.sync = sync; sys.argv = sys.argv[1:]; m.main()"
+        "shard_writer.sync = sync; command.main()"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    for at in (1, 6, 8):
-        killed = subprocess.run([sys.executable, "-c", kill.format(at=at), *program[2:]], env=environment)
-        assert killed.returncode == -signal.SIGKILL
+
+    def run(at: int, out: Path) -> int:
+        return subprocess.run([sys.executable, "-c", program, str(at), *options, str(out)], cwd=REPOSITORY).returncode
+
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    assert run(0, whole) == 0
+    for at in (6, 8):
+        assert run(at, out) == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
     left = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.bin")}
     assert len(left) >= 2
-    subprocess.run(program, check=True, env=environment)
-    assert contents(out) == contents(shards)
+    assert run(0, out) == 0
+    assert contents(out) == contents(whole)
     assert (out / "shard-00000.bin").stat().st_mtime_ns == left["shard-00000.bin"], "finished shards stay"
+    assert Manifest.read(out).rejected == {"not JSON": 24}
+    assert len((out / "rejects.jsonl").read_text().splitlines()) == 24
 
 
 def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
