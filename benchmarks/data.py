@@ -69,7 +69,8 @@ def tokenize(arguments: argparse.Namespace) -> None:
     print(f"  of the bare encoder's speed: {seconds['bare encoder'] / ours:.2f} (without the start: "
           f"{seconds['bare encoder'] / (ours - start):.2f})")  # fmt: skip
     print(f"  times datasets.map + writing: {seconds['datasets.map + writing'] / ours:.2f}")
-    compare_ids(texts, arguments)
+    if arguments.compare_ids:
+        compare_ids(texts, arguments)
 
 
 def prepare(arguments: argparse.Namespace, out: Path, *options: str) -> None:
@@ -262,6 +263,7 @@ def main() -> None:
         command.add_argument("--workers", type=int, default=2)
         command.add_argument("--repeats", type=int, default=3)
         command.set_defaults(run=function)
+    commands.choices["tokenize"].add_argument("--compare-ids", action="store_true", help=compare_ids.__doc__)
     command = commands.add_parser("index", help=index.__doc__)
     command.add_argument("--tokens", type=number, nargs="+", default=[10**9])
     command.add_argument("--folder", type=Path, help="where the sparse shards are made (the temporary folder)")
