@@ -121,7 +121,7 @@ def explain(error: Exception) -> str:
 
 
 def _dotted(section: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in section:
+    for name in map(str, section):
         yield f"{prefix}{name}"
         child = section._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none():

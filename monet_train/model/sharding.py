@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -130,7 +131,7 @@ def split_model(model: MonetForCausalLM, group: dist.ProcessGroup) -> None:
     model.lm_head = column(d, vocabulary)
     model.cross_entropy = vocab_parallel_cross_entropy
     model.gather_logits = partial(gather_from_tensor_model_parallel_region, group=group)
-    for layer in model.model.layers:
+    for layer in chain.from_iterable(model.model.groups()):
         attention = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(attention, name, column(d, getattr(attention, name).out_features))

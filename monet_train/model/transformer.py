@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -65,20 +66,21 @@ class MonetModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MonetLayer(config, index) for index in range(config.num_hidden_layers))
+        layers = [MonetLayer(config, index) for index in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.recompute = False  # recompute the activations of each routing group in the backward pass
 
     def routers(self) -> Iterator[Router]:
         """The routers, first layer to last."""
-        for layer in self.layers:
-            if layer.router is not None:
-                yield layer.router
+        for layers in self.groups():
+            assert layers[0].router is not None
+            yield layers[0].router
 
     def groups(self) -> list[list[MonetLayer]]:
         """The layers by routing group: one router and the layers that share its gates."""
         size = self.config.moe_groups
-        layers = list(self.layers)
+        layers = cast(list[MonetLayer], list(self.layers))
         return [layers[start : start + size] for start in range(0, len(layers), size)]
 
 
@@ -168,14 +170,14 @@ class MonetForCausalLM(nn.Module):
         states = [hidden]
         router_probs: list[tuple[Tensor, Tensor] | None] = []
         reports = []
-        for layers in self.model.groups():
+        for layers, router in zip(self.model.groups(), self.model.routers(), strict=True):
             group = RoutingGroup(layers, context, keep_states=output_hidden_states or output_router_probs)
             if self.model.recompute and torch.is_grad_enabled():
                 hidden, *sums = checkpoint(group, hidden, use_reentrant=False)
             else:
                 hidden, *sums = group(hidden)
             if group.statistics is not None:
-                layers[0].router.update_statistics(group.statistics)
+                router.update_statistics(group.statistics)
                 reports.append(report(GateSums(*sums), input_ids.numel(), self.sum_over_batch))
             states += group.states
             if output_router_probs and group.gates is not None:

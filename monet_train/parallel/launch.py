@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from monet_train.errors import UserError
 
@@ -85,6 +86,12 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = _slurm_port()
     dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT)
+
+
+def stop_process_group() -> None:
+    """End the process group and what Megatron built on it."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _first_slurm_host() -> str:

@@ -18,8 +18,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from monet_train.errors import UserError
+from monet_train.interop.checkpoint import published_config
+from monet_train.model.config import MonetConfig
 from monet_train.parallel.groups import raise_together
 from monet_train.training.consolidate import full_state_dict
 
@@ -73,7 +76,7 @@ class CheckpointFolder:
         )
         state = full_state_dict(trainer.engine.module, trainer.topology, self.zero_stage)
         if is_main:
-            save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+            self._write_model(partial, state, trainer.engine.module.config)
             self._write_descriptions(partial, trainer)
         dist.barrier()
         if is_main:
@@ -117,13 +120,21 @@ class CheckpointFolder:
                         "set it back, or choose another run.dir for a new run"
                     )
 
+    def _write_model(self, folder: Path, state: dict[str, Tensor], config: MonetConfig) -> None:
+        weights = folder / "model.safetensors"
+        save_file(state, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors leaves it readable by its owner alone
+        dtype = state["lm_head.weight"].dtype
+        (folder / "config.json").write_text(json.dumps(published_config(config, dtype), indent=2))
+        if self.tokenizer_file is not None:
+            # a tokenizer.json names its special tokens in the file beside it
+            for file in (self.tokenizer_file, self.tokenizer_file.with_name("tokenizer_config.json")):
+                if file.exists():
+                    shutil.copy(file, folder / file.name)
+
     def _write_descriptions(self, folder: Path, trainer: Trainer) -> None:
-        config = trainer.engine.module.config
-        (folder / "config.json").write_text(json.dumps(config.to_dict() | {"model_type": "monet"}, indent=2))
         description = {"step": trainer.step, "identity": self.identity}
         (folder / "trainer.json").write_text(json.dumps(description, indent=2))
-        if self.tokenizer_file is not None:
-            shutil.copy(self.tokenizer_file, folder / self.tokenizer_file.name)
 
     def _delete_old(self, newest: Path) -> None:
         others = [folder for folder in completed(self.path) if folder != newest]

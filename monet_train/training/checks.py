@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from monet_train.config import TrainConfig
 from monet_train.data.batches import micro_steps
 from monet_train.errors import UserError
@@ -86,8 +88,8 @@ def total_steps(config: TrainConfig) -> int:
     return min(limits)
 
 
-def _get(config: TrainConfig, key: str) -> object:
-    value: object = config
+def _get(config: TrainConfig, key: str) -> Any:
+    value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value

@@ -15,7 +15,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
     The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind.
     """
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_bias = name.rpartition(".")[2] in ("bias", "b", "b1", "b2")
         (exempt if is_bias or parameter.ndim < 2 else decayed).append(parameter)
@@ -24,7 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": exempt, "weight_decay": 0.0},
     ]
     on_gpu = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=on_gpu)
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_gpu)
 
 
 def learning_rate(step: int, peak: float, total: int, schedule: ScheduleConfig) -> float:

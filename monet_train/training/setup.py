@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from omegaconf import OmegaConf
 
+from monet_train import kernels
 from monet_train.config import TrainConfig
 from monet_train.data.batches import MicroBatches
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
@@ -20,7 +19,7 @@ from monet_train.model.initialize import initialize
 from monet_train.model.sharding import split_model
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.groups import Topology, raise_together
-from monet_train.parallel.launch import Launch, resolve_device, start_process_group
+from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.callbacks.checkpointing import Checkpointing
 from monet_train.training.callbacks.evaluation import Evaluation
@@ -49,7 +48,7 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
     device = resolve_device(config.train.device, launch)
     start_process_group(launch, device)
     resources = ExitStack()
-    resources.callback(dist.destroy_process_group)
+    resources.callback(stop_process_group)
     try:
         return _build(config, launch, device, resources)
     except BaseException:
@@ -194,12 +193,12 @@ def _callbacks(
     if launch.is_main:
         callbacks.append(MetricsFile(folder / "metrics.jsonl"))
         if config.logging.wandb.mode != "disabled":
-            resolved = OmegaConf.to_container(OmegaConf.structured(config))
-            callbacks.append(Wandb(config.logging.wandb, folder, config.run.name, resolved, config.logging.every))
+            callbacks.append(Wandb(config.logging.wandb, folder, config.run.name, asdict(config), config.logging.every))
         callbacks.append(Progress(steps, config.logging.every, config.logging.progress))
     if corpus.valid is not None and config.eval.every is not None:
         micro_step = topology.data_size * config.train.micro_batch_size
-        sequences = max(1, min(config.eval.sequences, len(corpus.valid)) // micro_step) * micro_step
+        available: int = len(corpus.valid)  # type: ignore[arg-type]  # a map-style dataset has a length
+        sequences = max(1, min(config.eval.sequences, available) // micro_step) * micro_step
         evaluation = _micro_batches(corpus.valid, sequences, config, topology)
         callbacks.append(Evaluation(evaluation, config.eval.every))
     return [*callbacks, Checkpointing(checkpoints, config.checkpoint.every)]

@@ -1,0 +1,49 @@
+"""The same run gives the same losses on every (data, tensor, ZeRO) topology."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import TINY, records, train_in_turn
+
+SEQUENCES = 4  # of a micro-step, over all data ranks
+Topologies = dict[int, list[tuple[int, int, int]]]  # by number of processes: (data, tensor, ZeRO stage)
+GRID: Topologies = {
+    1: [(1, 1, 0), (1, 1, 2)],
+    2: [(2, 1, 0), (2, 1, 1), (2, 1, 2), (2, 1, 3), (1, 2, 0), (1, 2, 1), (1, 2, 3)],
+    4: [(2, 2, 0), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 1, 1)],
+}
+# the expert layers differ between the forms, data parallelism and ZeRO do not
+SHORT_GRID: Topologies = {1: [(1, 1, 0)], 2: [(1, 2, 1)], 4: [(2, 2, 3)]}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("form", "grid"), [("vertical", GRID), ("horizontal", SHORT_GRID)])
+def test_losses_agree(form: str, grid: Topologies, shards: Path, tmp_path: Path) -> None:
+    def overrides(data: int, tensor: int, stage: int) -> list[str]:
+        return [
+            *TINY, f"data.path={shards}", f"model.moe_decompose={form}", "eval.every=10", "eval.sequences=8",
+            f"train.micro_batch_size={SEQUENCES // data}", f"parallel.tensor={tensor}", f"zero.stage={stage}",
+            f"run.dir={tmp_path}/{data}_{tensor}_{stage}", f"train.recompute={str(stage == 3).lower()}",
+        ]  # fmt: skip
+
+    for processes, topologies in grid.items():
+        train_in_turn([overrides(*topology) for topology in topologies], processes, tmp_path)
+
+    reference = records(tmp_path / "1_1_0")
+    held_out = records(tmp_path / "1_1_0", "eval_loss")
+    assert len(reference) == 20
+    assert len(held_out) == 2
+    for topology in [t for group in grid.values() for t in group]:
+        run = tmp_path / "_".join(map(str, topology))
+        losses, expected = [r["loss"] for r in records(run)], [r["loss"] for r in reference]
+        deviation = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+        print(f"{form} data x tensor x ZeRO {topology}: largest deviation {deviation:.1e}")
+        assert losses == pytest.approx(expected, rel=1e-5), topology
+        # the gradient norm counts replicated parameters once
+        first = records(run)[0]["grad_norm"]
+        assert first == pytest.approx(reference[0]["grad_norm"], rel=1e-5), topology
+        evaluated = [r["eval_loss"] for r in records(run, "eval_loss")]
+        assert evaluated == pytest.approx([r["eval_loss"] for r in held_out], rel=1e-5), topology
