@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written so far."""
-        self._builder.data_file.close()
+        with contextlib.suppress(OSError):  # a full disk cannot take what is still buffered
+            self._builder.data_file.close()
         for suffix in SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -20,6 +21,7 @@ import pytest
 
 import data_prep.documents
 import data_prep.encode
+import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
 from data_prep.recipe import LABELS, load_recipe
@@ -27,6 +29,7 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
+from tests.data import kill
 from tests.data.conftest import REPOSITORY, text_of
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
@@ -190,24 +193,34 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer
     source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
     options = ["shards", str(source), "--tokenizer", str(tokenizer.path), "--workers", "1",
                "--tokens-per-shard", "4000", "--max-bad-share", "0.5", "--out"]  # fmt: skip
-    # The process kills itself at the n-th fsync of a shard's file: no timing decides the test. Small chunks, so
-    # that shards end within them and between them.
-    program = (
-        "import os, signal, sys; from data_prep import documents, shard_writer, __main__ as command\n"
-        "documents.CHUNK_BYTES, inner, count, at = 5000, shard_writer.sync, [0], int(sys.argv.pop(1))\n"
-        "def sync(path):\n"
-        "    count[0] += 1\n"
-        "    if count[0] == at: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    inner(path)\n"
-        "shard_writer.sync = sync; command.main()"
-    )
 
     def run(at: int, out: Path) -> int:
-        return subprocess.run([sys.executable, "-c", program, str(at), *options, str(out)], cwd=REPOSITORY).returncode
+        """Status of a forked process that kills itself at the n-th fsync of a shard's file: no timing decides.
+
+        Small chunks, so that shards end within them and between them.
+        """
+        child = os.fork()
+        if child == 0:
+            inner, count = data_prep.shard_writer.sync, itertools.count(1)
+
+            def sync(path: Path) -> None:
+                if next(count) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                inner(path)
+
+            data_prep.shard_writer.sync = sync
+            data_prep.documents.CHUNK_BYTES = 5000
+            sys.argv = ["monet-data", *options, str(out)]
+            try:
+                main()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     out, whole = tmp_path / "killed", tmp_path / "whole"
     assert run(0, whole) == 0
-    for at in (6, 8):
+    for at in (1, 6, 8, 7, 9):
         assert run(at, out) == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
     left = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.bin")}
@@ -391,7 +404,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
         assert data(*arguments, "--workers", 1)[0] == 0
         assert contents(out) == contents(shards)
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
@@ -407,12 +420,12 @@ def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
         (sources / "part-1.jsonl").rename(tmp_path / "away.jsonl")
         return parts
 
-    monkeypatch.setattr(data_prep.shards, "list_parts", vanish_after_listing)
-    status, _, err = data(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_prep.shards, "list_parts", vanish_after_listing)
+        status, _, err = data(*arguments)
     assert status == 2 and err.count("\n") == 1 and "part-1.jsonl cannot be read (No such file" in err
-    monkeypatch.undo()
     (tmp_path / "away.jsonl").rename(sources / "part-1.jsonl")
-    subprocess.run([sys.executable, "-m", "data_prep", *map(str, arguments)], check=True, cwd=REPOSITORY)
+    assert data(*arguments)[0] == 0
     assert contents(tmp_path / "out") == contents(shards)
 
 
@@ -438,16 +451,11 @@ def test_a_changed_source_does_not_continue_another_corpus(
 
 
 def test_a_killed_worker_is_one_line(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(data_prep.encode, "_work", kill_self)
+    monkeypatch.setattr(data_prep.encode, "_work", kill.kill_self)
     arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 2)
     status, _, err = data(*arguments)
     assert status == 2 and err.count("\n") == 1 and "a worker process was killed (out of memory?)" in err
     assert not list((tmp_path / "out").glob("shard*"))
-
-
-def kill_self(chunk: object) -> None:
-    """What the kernel does to a worker that needs too much memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_object_storage_is_read_and_not_written(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
