@@ -183,7 +183,11 @@ class _Finisher:
 
     def finish(self, writer: ShardWriter, log: RejectsLog | None) -> Iterator[Finished]:
         """Start with ``writer``; hand out the shard before it."""
-        yield from self.wait()
+        try:
+            yield from self.wait()
+        except BaseException:  # the shard before could not be written, or the reader has gone
+            writer.abandon()
+            raise
         totals = copy.deepcopy(log.totals) if log else Totals()
         self._pending = self._thread.submit(_finish, writer), totals
 

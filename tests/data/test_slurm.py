@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,29 +14,7 @@ from data_prep.verify import verify
 from tests.data.conftest import REPOSITORY, text_of
 from tests.data.test_prepare import documents_of
 
-LOCAL = REPOSITORY.parent / "shared" / "slurm_local"
-CONTROLLER_PORT = 16817  # of the local Slurm's configuration
 DEADLINE_SECONDS = 240
-
-
-@pytest.fixture
-def slurm() -> Iterator[dict[str, str]]:
-    """The environment of a running two-node Slurm."""
-    if not LOCAL.is_dir() or any(shutil.which(tool) is None for tool in ("sbatch", "slurmctld", "slurmd", "munged")):
-        pytest.skip("needs Slurm's packages, munge and ../shared/slurm_local")
-    if os.geteuid() != 0:
-        pytest.skip("the local Slurm needs root")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", CONTROLLER_PORT)) == 0:
-            pytest.skip("another local Slurm is up")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)  # munge refuses a socket in a folder that not everybody may enter
-    try:
-        subprocess.run(["bash", LOCAL / "up.sh", folder, "2"], check=True)
-        yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    finally:
-        subprocess.run(["bash", LOCAL / "down.sh", folder], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.distributed
