@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,10 +26,11 @@ import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
 from data_prep.recipe import LABELS, load_recipe
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
+from monet_train.errors import UserError
 from tests.data import kill
 from tests.data.conftest import REPOSITORY, text_of
 
@@ -458,6 +460,42 @@ def test_a_killed_worker_is_one_line(data, jsonl: Path, tokenizer: Tokenizer, tm
     assert not list((tmp_path / "out").glob("shard*"))
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(how: int, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "long.jsonl"
+    source.write_text((jsonl / "part-0.jsonl").read_text() * 1000)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", "shards", source, "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+         "--workers", "2"], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert wait_for(lambda: len(worker_ids(parent.pid)) == 2 and list((tmp_path / "out").glob(".shard*")))
+        workers = list(worker_ids(parent.pid))
+        os.killpg(parent.pid, how) if how == signal.SIGINT else parent.kill()
+        _, err = parent.communicate(timeout=60)
+        assert wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    finally:
+        parent.kill()
+    if how == signal.SIGINT:
+        assert parent.returncode == 130 and err.strip() == "interrupted"
+        assert not list((tmp_path / "out").glob("*shard*"))
+
+
+def worker_ids(parent: int) -> list[str]:
+    """Process ids of a process's workers (its other child tracks resources)."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    found = children.read_text().split() if children.exists() else []
+    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> bool:
+    """Whether a condition becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(condition())
+
+
 def test_object_storage_is_read_and_not_written(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     import fsspec
 
@@ -521,6 +559,53 @@ def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path,
     assert 1.5 < row["bytes_per_token"] < 10
     again = ["tokenizer", jsonl / "*.jsonl", "--vocab-size"]
     assert data(*again, 410, "--out", tokenizer.path.parent)[2].startswith("error: ")
+
+
+def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -> None:
+    pytest.importorskip("kitoken")
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    odd = [
+        "",
+        "</s>",
+        "a<s>b",
+        "<0x0A>",
+        "\0",
+        "  \n\n\t",
+        "▁▁",
+        "e\u0301",
+        "\ufeffx",
+        "🦔" * 30,
+        " " * 500,
+        "0123456789",
+    ]
+    texts = [text_of(i) for i in range(300)] + odd + [a + b for a in odd for b in odd]
+    assert tokenizer._fast is not None, "BPE with byte fallback is encoded fast"
+    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+
+
+def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def encode(self, text: str) -> list[int]:
+            return [5]
+
+    monkeypatch.setattr(tokenizer, "_fast", Wrong())
+    with pytest.raises(UserError, match="kitoken encodes .* differently"):
+        tokenizer.encode(["some text"])
+
+
+def test_a_unigram_model_is_encoded_by_sentencepiece(jsonl: Path, data, tmp_path: Path) -> None:
+    source = (jsonl / "*.jsonl", "--vocab-size", 350, "--model-type", "unigram", "--out", tmp_path)
+    assert data("tokenizer", *source)[0] == 0
+    unigram = load_tokenizer(tmp_path)
+    assert isinstance(unigram, SentencePieceTokenizer) and unigram._fast is None
+    assert unigram.decode(unigram.encode([text_of(2)])[0]) == text_of(2)
+
+
+def test_a_tokenizer_of_an_installed_package() -> None:
+    pytest.importorskip("mistral_common", reason="needs the extra [bench]")
+    assert load_tokenizer(Path("mistral_common:data/tokenizer.model.v1")).record.vocabulary_size == 32000
+    with pytest.raises(UserError, match="no installed package 'nowhere'"):
+        load_tokenizer(Path("nowhere:model"))
 
 
 def test_a_hugging_face_tokenizer_serves_too(jsonl: Path, prepare, tmp_path: Path) -> None:
