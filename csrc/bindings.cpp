@@ -255,17 +255,6 @@ Tensor expert_rows(const Tensor& v, const Pairs& pairs, int64_t units) {
   return rows;
 }
 
-// The gradient of such a weight, from rows by half-expert, as the weight is stored.
-Tensor expert_columns(const Tensor& rows, const Tensor& v) {
-  if (v.t().is_contiguous()) return rows.to(v.scalar_type()).t();
-  Tensor columns = at::empty(v.sizes(), v.options());
-  with_type(v, [&](auto zero) {
-    using S = decltype(zero);
-    cpu::transpose(read<Accumulator<S>>(rows), rows.size(0), rows.size(1), write<S>(columns));
-  });
-  return columns;
-}
-
 void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
   TORCH_CHECK(
       weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
@@ -308,11 +297,23 @@ template <class S, size_t count>
 cpu::Combination<S> combination(const cpu::Term<S> (&terms)[count], int64_t columns, Tensor& out, int64_t column) {
   return {terms, count, columns, {write<S>(out) + column, out.stride(0)}};
 }
+// The gradient of an input weight, [units, width].
 template <class S>
 cpu::WeightGradient<S> weight_gradient(
-    const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, Tensor& out) {
-  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), out.size(1),
-          write<Accumulator<S>>(out)};
+    const SideTensors& side, const Tensor& y, const Tensor& x, Tensor& dw) {
+  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(x), y.size(1), dw.size(1), write<S>(dw), false};
+}
+// The gradient of an output weight, [width, units]: from empty_gradient, in rows or in columns.
+template <class S>
+cpu::WeightGradient<S> output_weight_gradient(
+    const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, Tensor& dv) {
+  return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), dv.size(0),
+          write<S>(dv), dv.is_contiguous()};
+}
+// Room for the gradient of a weight, stored by columns if the weight is.
+Tensor empty_gradient(const Tensor& weight) {
+  if (weight.is_contiguous() || !weight.t().is_contiguous()) return at::empty(weight.sizes(), weight.options());
+  return at::empty({weight.size(1), weight.size(0)}, weight.options()).t();
 }
 template <class S, size_t count>
 void run(const cpu::Projection<S> (&jobs)[count]) {
@@ -411,19 +412,16 @@ std::vector<Tensor> vertical_experts_backward(
 
     const cpu::Term<S> into_x[] = {term<S>(one, ds1, w.u1), term<S>(two, ds2, w.u2)};
     run<S>({combination<S>(into_x, x.size(1), dx, 0)});
-    const auto wide = s1.options();
-    Tensor du1 = at::empty(w.u1.sizes(), wide), du2 = at::empty(w.u2.sizes(), wide);
-    Tensor dv11 = at::empty(w.v11.sizes(), wide), dv12 = at::empty(w.v12.sizes(), wide);
-    Tensor dv21 = at::empty(w.v21.sizes(), wide), dv22 = at::empty(w.v22.sizes(), wide);
+    Tensor du1 = at::empty_like(w.u1), du2 = at::empty_like(w.u2);
+    Tensor dv11 = empty_gradient(weights[4]), dv12 = empty_gradient(weights[5]);
+    Tensor dv21 = empty_gradient(weights[6]), dv22 = empty_gradient(weights[7]);
     run<S>({
-        weight_gradient<S>(one, ds1, x, 0, du1), weight_gradient<S>(two, ds2, x, 0, du2),
-        weight_gradient<S>(one, own1, d, 0, dv11), weight_gradient<S>(one, cross1, d, 0, dv12),
-        weight_gradient<S>(two, cross2, d, half, dv21), weight_gradient<S>(two, own2, d, half, dv22)});
-    const auto type = x.scalar_type();
+        weight_gradient<S>(one, ds1, x, du1), weight_gradient<S>(two, ds2, x, du2),
+        output_weight_gradient<S>(one, own1, d, 0, dv11), output_weight_gradient<S>(one, cross1, d, 0, dv12),
+        output_weight_gradient<S>(two, cross2, d, half, dv21), output_weight_gradient<S>(two, own2, d, half, dv22)});
     return std::vector<Tensor>{
-        dx, dgates1, dgates2, du1.to(type), bias_gradient<S>(one, ds1, w.u1_bias), du2.to(type),
-        bias_gradient<S>(two, ds2, w.u2_bias), expert_columns(dv11, weights[4]), expert_columns(dv12, weights[5]),
-        expert_columns(dv21, weights[6]), expert_columns(dv22, weights[7])};
+        dx, dgates1, dgates2, du1, bias_gradient<S>(one, ds1, w.u1_bias), du2, bias_gradient<S>(two, ds2, w.u2_bias),
+        dv11, dv12, dv21, dv22};
   });
 }
 
@@ -479,11 +477,9 @@ std::vector<Tensor> horizontal_experts_backward(
         write<C>(dgates1), write<C>(dgates2));
     const cpu::Term<S> into_x[] = {term<S>(one, ds1, w.u)};
     run<S>({combination<S>(into_x, x.size(1), dx, 0)});
-    Tensor du = at::empty(w.u.sizes(), s1.options()), dv = at::empty(w.v.sizes(), s1.options());
-    run<S>({weight_gradient<S>(one, ds1, x, 0, du), weight_gradient<S>(two, y, d, 0, dv)});
-    return std::vector<Tensor>{
-        dx, dgates1, dgates2, du.to(x.scalar_type()), bias_gradient<S>(one, ds1, w.u_bias),
-        expert_columns(dv, weights[2])};
+    Tensor du = at::empty_like(w.u), dv = empty_gradient(weights[2]);
+    run<S>({weight_gradient<S>(one, ds1, x, du), output_weight_gradient<S>(two, y, d, 0, dv)});
+    return std::vector<Tensor>{dx, dgates1, dgates2, du, bias_gradient<S>(one, ds1, w.u_bias), dv};
   });
 }
 
@@ -501,11 +497,14 @@ Tensor expert_bias(const Tensor& gates, Layout layout, const Tensor& b) {
   const Tensor rows = b.contiguous();
   Tensor out = at::empty({layout[2].numel() - 1, b.size(1)}, b.options());
   const SideTensors side(out, gates, layout, b.size(0));
-  const Tensor totals = gate_totals(side);
+  Tensor totals = side.by_pair(1), expert = at::empty({side.pairs.count}, b.options().dtype(at::kInt));
   with_type(b, [&](auto zero) {
     using S = decltype(zero);
-    const cpu::Term<S> terms[] = {term<S>(side, totals, rows)};
-    run<S>({combination<S>(terms, b.size(1), out, 0)});
+    using C = Accumulator<S>;
+    cpu::gate_totals_by_token(side.side<C>(), write<C>(totals), write<int32_t>(expert));
+    cpu::multiply<S>({
+        side.pairs.tokens, side.pairs.row_start, read<int32_t>(expert), read<C>(totals), read_rows<S>(rows), b.size(1),
+        {write<S>(out), b.size(1)}});
   });
   return out;
 }
@@ -519,11 +518,11 @@ std::tuple<Tensor, Tensor> expert_bias_backward(
     using S = decltype(zero);
     using C = Accumulator<S>;
     const Tensor totals = gate_totals(side);
-    Tensor dtotals = at::empty_like(totals), db = at::empty(b.sizes(), totals.options());
+    Tensor dtotals = at::empty_like(totals), db = at::empty_like(rows);
     run<S>({projection<S>(side, d, 0, rows, nullptr, dtotals)});
     cpu::gate_totals_backward(side.side<C>(), read<C>(dtotals), write<C>(dgates));
-    run<S>({weight_gradient<S>(side, totals, d, 0, db)});
-    return std::make_tuple(dgates, db.to(b.scalar_type()));
+    run<S>({weight_gradient<S>(side, totals, d, db)});
+    return std::make_tuple(dgates, db);
   });
 }
 
@@ -532,33 +531,38 @@ std::tuple<Tensor, Tensor> expert_bias_backward(
 std::tuple<Tensor, Tensor> linear_sparse_backward(
     const Tensor& token, const Tensor& row, const Tensor& values, const Tensor& tokens, const Tensor& weight) {
   const Tensor x = tokens.contiguous(), w = weight.contiguous();
-  const Tensor token_given = token.contiguous(), row_given = row.contiguous();
   check_matrix(x, w, w.size(0), x.size(1), "weight");
   TORCH_CHECK(values.scalar_type() == accumulator(x).dtype(), "values must be in the type of sums");
-  const int64_t count = values.numel(), rows = w.size(0);
+  const int64_t rows = w.size(0), blocks = ceil_div(x.size(0), kBlockTokens);
   const auto ints = x.options().dtype(at::kInt);
-  Tensor token_of_pair = at::empty({count}, ints), entry_of_pair = at::empty({count}, ints);
-  Tensor group_start = at::empty({ceil_div(x.size(0), kBlockTokens) * rows + 1}, ints);
-  cpu::group_entries(
-      read<int64_t>(token_given), read<int64_t>(row_given), count, x.size(0), rows, write<int32_t>(token_of_pair),
-      write<int32_t>(group_start), write<int32_t>(entry_of_pair));
+  const auto sorted = [&](const Tensor& key, int64_t keys) {
+    Tensor start = at::empty({keys + 1}, ints), order = at::empty({key.numel()}, ints);
+    const Tensor given = key.contiguous();
+    cpu::sort_by_key(read<int64_t>(given), given.numel(), keys, write<int32_t>(start), write<int32_t>(order));
+    return std::make_pair(start, order);
+  };
+  const auto [row_start, by_token] = sorted(token, x.size(0));
+  const auto [group_start, by_group] = sorted(token.div(kBlockTokens, "floor").mul(rows).add(row), blocks * rows);
+  const Tensor row_of_entry = row.index_select(0, by_token).to(at::kInt), y_of_entry = values.index_select(0, by_token);
+  const Tensor token_of_pair = token.index_select(0, by_group).to(at::kInt), y = values.index_select(0, by_group);
   const Pairs pairs{
       .tokens = x.size(0),
       .experts = rows,
-      .count = count,
+      .count = values.numel(),
       .token = read<int32_t>(token_of_pair),
       .group_start = read<int32_t>(group_start),
       .row_start = nullptr,
       .row_pair = nullptr};
-  const Tensor y = values.index_select(0, entry_of_pair);
-  Tensor dx = at::empty_like(x), dw = at::empty(w.sizes(), y.options());
+  Tensor dx = at::empty_like(x), dw = at::empty_like(w);
   with_type(x, [&](auto zero) {
     using S = decltype(zero);
-    const cpu::Term<S> terms[] = {{pairs, read<Accumulator<S>>(y), read_rows<S>(w), 1}};
-    run<S>({combination<S>(terms, x.size(1), dx, 0)});
-    run<S>({{pairs, read<Accumulator<S>>(y), read_rows<S>(x), 1, x.size(1), write<Accumulator<S>>(dw)}});
+    using C = Accumulator<S>;
+    cpu::multiply<S>({
+        x.size(0), read<int32_t>(row_start), read<int32_t>(row_of_entry), read<C>(y_of_entry), read_rows<S>(w),
+        x.size(1), {write<S>(dx), x.size(1)}});
+    run<S>({{pairs, read<C>(y), read_rows<S>(x), 1, x.size(1), write<S>(dw), false}});
   });
-  return {dx, dw.to(w.scalar_type())};
+  return {dx, dw};
 }
 
 std::string built_with() { return MONET_TORCH_VERSION; }

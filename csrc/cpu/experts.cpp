@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTaskExperts = 16;   // half-experts of a task
 constexpr int64_t kTaskColumns = 256;  // columns of a task: 512 tokens of them fit in a core's second-level cache
 
+constexpr int64_t kTaskSums = 1 << 15;  // sums of a task that owns weights
 // With few tokens narrower ones keep all cores busy.
 constexpr int64_t kFewTokensColumns = 64;
 
@@ -54,7 +55,6 @@ inline void convert(float from, BFloat16& to) {
 }
 inline void convert(float from, float& to) { to = from; }
 inline void convert(double from, double& to) { to = from; }
-inline void convert(BFloat16 from, BFloat16& to) { to = from; }
 
 inline float widen(BFloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -119,21 +119,50 @@ void combine(const Combination<S>* jobs, int64_t count) {
 
 template <class S>
 void weight_gradients(const WeightGradient<S>* jobs, int64_t count) {
-  const auto tasks_of = [](const WeightGradient<S>& job) {
-    return ceil_div(job.columns, kTaskColumns) * ceil_div(job.pairs.experts, kTaskExperts);
+  // As many half-experts a task as keep its sums in cache.
+  const auto task_experts = [](const WeightGradient<S>& job) {
+    return std::max<int64_t>(1, kTaskSums / (job.units * kTaskColumns));
   };
-  for_each_task_of_jobs(jobs, count, tasks_of, [](const WeightGradient<S>& job, int64_t task) {
-    const int64_t ranges = ceil_div(job.pairs.experts, kTaskExperts), units = job.units;
+  const auto tasks_of = [&](const WeightGradient<S>& job) {
+    return ceil_div(job.columns, kTaskColumns) * ceil_div(job.pairs.experts, task_experts(job));
+  };
+  for_each_task_of_jobs(jobs, count, tasks_of, [&](const WeightGradient<S>& job, int64_t task) {
+    const int64_t ranges = ceil_div(job.pairs.experts, task_experts(job)), units = job.units;
     const int64_t column = task / ranges * kTaskColumns, width = smaller(kTaskColumns, job.columns - column);
-    const int64_t begin = task % ranges * kTaskExperts, end = smaller(job.pairs.experts, begin + kTaskExperts);
-    for (int64_t row = begin * units; row < end * units; ++row)
-      std::fill_n(job.out + row * job.columns + column, width, Accumulator<S>{0});
+    const int64_t begin = task % ranges * task_experts(job), end = smaller(job.pairs.experts, begin + task_experts(job));
+    const int64_t rows = (end - begin) * units;
+    std::vector<Accumulator<S>> sums(rows * width);
     for (int64_t block = 0; block < job.pairs.blocks(); ++block)
       for_each_group(job.pairs, block, begin, end, [&](int64_t expert, int64_t first, int64_t pairs) {
         products<S>().outer(
             {job.y + first * units, units}, job.x.from_column(column), job.pairs.token + first, pairs, units, width,
-            {job.out + expert * units * job.columns + column, job.columns});
+            {sums.data() + (expert - begin) * units * width, width});
       });
+    if (job.transposed) {
+      S* out = job.out + column * job.pairs.experts * units + begin * units;
+      for (int64_t k = 0; k < width; ++k, out += job.pairs.experts * units)
+        for (int64_t i = 0; i < rows; ++i) convert(sums[i * width + k], out[i]);
+    } else {
+      S* out = job.out + begin * units * job.columns + column;
+      for (int64_t i = 0; i < rows; ++i, out += job.columns)
+        for (int64_t k = 0; k < width; ++k) convert(sums[i * width + k], out[k]);
+    }
+  });
+}
+
+template <class S>
+void multiply(const SparseProduct<S>& job) {
+  constexpr int64_t task_columns = 64, task_tokens = 128;
+  const int64_t ranges = ceil_div(job.tokens, task_tokens);
+  for_each_task(ceil_div(job.columns, task_columns) * ranges, [&](int64_t task) {
+    const int64_t column = task / ranges * task_columns, width = smaller(task_columns, job.columns - column);
+    const int64_t begin = task % ranges * task_tokens, end = smaller(job.tokens, begin + task_tokens);
+    Accumulator<S> sums[task_columns];
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = job.row_start[t], entries = job.row_start[t + 1] - first;
+      products<S>().gather(job.y + first, job.row + first, entries, job.w.from_column(column), width, sums);
+      for (int64_t k = 0; k < width; ++k) convert(sums[k], job.out.row(t)[column + k]);
+    }
   });
 }
 
@@ -150,34 +179,26 @@ void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out) {
   });
 }
 
-void group_entries(
-    const int64_t* token, const int64_t* row, int64_t count, int64_t tokens, int64_t rows, int32_t* token_of_pair,
-    int32_t* group_start, int32_t* entry_of_pair) {
-  const auto group = [&](int64_t entry) { return token[entry] / kBlockTokens * rows + row[entry]; };
-  const int64_t groups = ceil_div(tokens, kBlockTokens) * rows;
-  std::fill(group_start, group_start + groups + 1, 0);
-  for (int64_t entry = 0; entry < count; ++entry) ++group_start[group(entry) + 1];
-  for (int64_t g = 0; g < groups; ++g) group_start[g + 1] += group_start[g];
-  std::vector<int32_t> next(group_start, group_start + groups);
-  for (int64_t entry = 0; entry < count; ++entry) {
-    const int32_t pair = next[group(entry)]++;
-    token_of_pair[pair] = static_cast<int32_t>(token[entry]);
-    entry_of_pair[pair] = static_cast<int32_t>(entry);
-  }
+void sort_by_key(const int64_t* key, int64_t count, int64_t keys, int32_t* start, int32_t* order) {
+  std::fill(start, start + keys + 1, 0);
+  for (int64_t i = 0; i < count; ++i) ++start[key[i] + 1];
+  for (int64_t k = 0; k < keys; ++k) start[k + 1] += start[k];
+  std::vector<int32_t> next(start, start + keys);
+  for (int64_t i = 0; i < count; ++i) order[next[key[i]]++] = static_cast<int32_t>(i);
 }
 
-template <class From, class To>
-void transpose(const From* in, int64_t rows, int64_t columns, To* out) {
+template <class S>
+void transpose(const S* in, int64_t rows, int64_t columns, S* out) {
   constexpr int64_t tile = 32;
   const int64_t across = ceil_div(columns, tile);
   for_each_task(across, [&](int64_t task) {
     const int64_t left = task * tile, width = smaller(tile, columns - left);
     // Through a buffer: rows of a matrix are often a multiple of the page size apart, and would evict each other.
-    To buffer[tile][tile];
+    S buffer[tile][tile];
     for (int64_t top = 0; top < rows; top += tile) {
       const int64_t height = smaller(tile, rows - top);
       for (int64_t i = 0; i < height; ++i)
-        for (int64_t j = 0; j < width; ++j) convert(in[(top + i) * columns + left + j], buffer[j][i]);
+        for (int64_t j = 0; j < width; ++j) buffer[j][i] = in[(top + i) * columns + left + j];
       for (int64_t j = 0; j < width; ++j) std::copy_n(buffer[j], height, out + (left + j) * rows + top);
     }
   });
@@ -201,6 +222,8 @@ void transpose_used(const S* in, int64_t rows, const Pairs& pairs, int64_t units
   template void project(const Projection<S>*, int64_t);                                                          \
   template void combine(const Combination<S>*, int64_t);                                                         \
   template void weight_gradients(const WeightGradient<S>*, int64_t);                                             \
+  template void multiply(const SparseProduct<S>&);                                                               \
+  template void transpose(const S*, int64_t, int64_t, S*);                                                       \
   template void transpose_used(const S*, int64_t, const Pairs&, int64_t, S*)
 INSTANTIATE(float);
 INSTANTIATE(BFloat16);
@@ -209,9 +232,4 @@ INSTANTIATE(double);
 
 template void bias_gradient(const Pairs&, const float*, int64_t, float*);
 template void bias_gradient(const Pairs&, const double*, int64_t, double*);
-template void transpose(const float*, int64_t, int64_t, float*);
-template void transpose(const BFloat16*, int64_t, int64_t, BFloat16*);
-template void transpose(const float*, int64_t, int64_t, BFloat16*);
-template void transpose(const double*, int64_t, int64_t, double*);
-
 }  // namespace monet::cpu

@@ -54,17 +54,33 @@ struct Combination {
 template <class S>
 void combine(const Combination<S>* jobs, int64_t count);
 
-// out_i = sum over the pairs p of half-expert i of y[p]^T x_t: [experts * units, columns].
+// out_i = sum over the pairs p of half-expert i of y[p]^T x_t: [experts * units, columns]; transposed: the transpose of it.
 template <class S>
 struct WeightGradient {
   const Pairs& pairs;
   const Accumulator<S>* y;
   Rows<const S> x;
   int64_t units, columns;
-  Accumulator<S>* out;
+  S* out;
+  bool transposed;
 };
 template <class S>
 void weight_gradients(const WeightGradient<S>* jobs, int64_t count);
+
+// out[t] = sum over the entries e of token t of y[e] w[row[e]]: [tokens, columns]. What a combination is where a pair has
+// one unit, by token: there is little to gain from groups then.
+template <class S>
+struct SparseProduct {
+  int64_t tokens;
+  const int32_t* row_start;  // [tokens + 1]
+  const int32_t* row;        // [entries]
+  const Accumulator<S>* y;   // [entries]
+  Rows<const S> w;
+  int64_t columns;
+  Rows<S> out;
+};
+template <class S>
+void multiply(const SparseProduct<S>& job);
 
 // out_i = sum over the pairs p of half-expert i of y[p]: [experts, units].
 template <class C>
@@ -98,18 +114,18 @@ void mix_horizontal_backward(
 // The sum of each pair's gates over the heads, [pairs], and the gradient of it.
 template <class C>
 void gate_totals(const Side<C>& side, C* totals);
+// The same in the order of row_pair, with the half-expert of each.
+template <class C>
+void gate_totals_by_token(const Side<C>& side, C* totals, int32_t* expert);
 template <class C>
 void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates);
 
-// Groups the entries (token[i], row[i]) of a sparse matrix [tokens, rows] as pairs of half-experts with one unit: their
-// tokens, group starts, and the entry that each pair was.
-void group_entries(
-    const int64_t* token, const int64_t* row, int64_t count, int64_t tokens, int64_t rows, int32_t* token_of_pair,
-    int32_t* group_start, int32_t* entry_of_pair);
+// A stable sort of count entries by a key below keys: start [keys + 1] is where each key begins in order [count].
+void sort_by_key(const int64_t* key, int64_t count, int64_t keys, int32_t* start, int32_t* order);
 
 // out = in^T for in [rows, columns].
-template <class From, class To>
-void transpose(const From* in, int64_t rows, int64_t columns, To* out);
+template <class S>
+void transpose(const S* in, int64_t rows, int64_t columns, S* out);
 
 // The same for those columns alone that belong to half-experts of some pair; other rows of out are left as they are.
 template <class S>

@@ -248,6 +248,22 @@ void gate_totals(const Side<C>& side, C* totals) {
 }
 
 template <class C>
+void gate_totals_by_token(const Side<C>& side, C* totals, int32_t* expert) {
+  const Pairs& pairs = side.pairs;
+  std::vector<int32_t> expert_of_pair(pairs.count);
+  for (int64_t group = 0; group < pairs.blocks() * pairs.experts; ++group)
+    std::fill(
+        expert_of_pair.begin() + pairs.group_start[group], expert_of_pair.begin() + pairs.group_start[group + 1],
+        static_cast<int32_t>(group % pairs.experts));
+  for (int64_t entry = 0; entry < pairs.count; ++entry) {
+    const int64_t pair = pairs.row_pair[entry];
+    expert[entry] = expert_of_pair[pair];
+    totals[entry] = 0;
+    for (int64_t h = 0; h < side.heads; ++h) totals[entry] += side.gates[pair * side.heads + h];
+  }
+}
+
+template <class C>
 void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates) {
   for_each_task(ceil_div(side.pairs.count, 4096), [&](int64_t task) {
     for (int64_t pair = task * 4096; pair < smaller(side.pairs.count, (task + 1) * 4096); ++pair)
@@ -265,6 +281,7 @@ void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates) {
   template void mix_horizontal(const Side<C>&, const Side<C>&, const C*, int64_t, C*);                           \
   template void mix_horizontal_backward(                                                                         \
       const Side<C>&, const Side<C>&, const C*, int64_t, const C*, C*, C*, C*, C*);                              \
+  template void gate_totals_by_token(const Side<C>&, C*, int32_t*);                                              \
   template void gate_totals(const Side<C>&, C*);                                                                 \
   template void gate_totals_backward(const Side<C>&, const C*, C*)
 INSTANTIATE(float);

@@ -1,5 +1,5 @@
-// The three products that all expert layers are made of, on one group: a few tokens with one half-expert's weights.
-// n pairs of the group, u weight rows ("units"), k columns; C is the type of sums.
+// The products that all expert layers are made of. The first three are of one group, a few tokens with one half-expert's
+// weights: p its pairs, u its weight rows ("units"), k columns. C is the type of sums.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,8 @@ struct Products {
   // out[u][k] += sum over p of y[p][u] x[token[p]][k]
   void (*outer)(Rows<const C> y, Rows<const S> x, const int32_t* token, int64_t pairs, int64_t units,
                 int64_t columns, Rows<C> out);
+  // out[k] = sum over e of y[e] w[row[e]][k], for one token with that many entries
+  void (*gather)(const C* y, const int32_t* row, int64_t entries, Rows<const S> w, int64_t columns, C* out);
 };
 
 // Those of the best instruction set of this machine, unless another was selected.

@@ -194,8 +194,32 @@ void outer(
   });
 }
 
+template <class S, int vectors, class Part>
+void gather_tile(
+    const Accumulator<S>* y, const int32_t* row, int64_t entries, Rows<const S> w, Accumulator<S>* out,
+    const Part& part) {
+  using C = Accumulator<S>;
+  Values<C> sum[vectors] = {};
+  for (int64_t e = 0; e < entries; ++e) {
+    const S* weight = w.row(row[e]);
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) sum[v] += part.read(weight + v * lanes<C>) * y[e];
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < vectors; ++v) part.write(out + v * lanes<C>, sum[v]);
+}
+
 template <class S>
-constexpr Products<S> table = {dot<S>, scatter<S>, outer<S>};
+void gather(
+    const Accumulator<S>* y, const int32_t* row, int64_t entries, Rows<const S> w, int64_t columns,
+    Accumulator<S>* out) {
+  for_each_column_tile<Accumulator<S>, GATHER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
+    gather_tile<S, vectors.value>(y, row, entries, w.from_column(k), out + k, part);
+  });
+}
+
+template <class S>
+constexpr Products<S> table = {dot<S>, scatter<S>, outer<S>, gather<S>};
 
 }  // namespace
 

@@ -8,5 +8,6 @@
 #define SCATTER_VECTORS 4
 #define OUTER_UNITS 6
 #define OUTER_VECTORS 4
+#define GATHER_VECTORS 4
 #include "products.inl"
 #endif

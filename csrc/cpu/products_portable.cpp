@@ -7,4 +7,5 @@
 #define SCATTER_VECTORS 2
 #define OUTER_UNITS 4
 #define OUTER_VECTORS 2
+#define GATHER_VECTORS 4
 #include "products.inl"
