@@ -52,6 +52,7 @@ def build_engine(model: MonetForCausalLM, config: TrainConfig, topology: Topolog
         dist_init_required=False,
     )
     _clip_in_double(engine, topology)
+    _forget_initial_step(engine)
     return engine
 
 
@@ -75,6 +76,14 @@ def _clip_in_double(engine: Any, topology: Topology) -> None:
         engine._global_grad_norm = norm
 
     engine.clip_fp32_gradients = clip
+
+
+def _forget_initial_step(engine: Any) -> None:
+    # Without ZeRO and in bf16 DeepSpeed's wrapper takes one optimizer step on zero gradients to allocate the state and
+    # leaves Adam's step count at 1, which halves the first update.
+    if engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled():
+        for state in engine.basic_optimizer.state.values():
+            state["step"].zero_()
 
 
 def _register_expert_weights(model: MonetForCausalLM) -> None:

@@ -13,7 +13,8 @@ from monet_train.config import OptimizerConfig, ScheduleConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: norms, biases and the experts' output biases are exempt.
 
-    The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind.
+    The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind. The learning rate starts at 0 and is
+    set before every step: what a wrapper does to initialise its state must not move the weights.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -26,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     ]
     on_gpu = next(model.parameters()).is_cuda
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=on_gpu)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=on_gpu)
 
 
 def learning_rate(step: int, peak: float, total: int, schedule: ScheduleConfig) -> float:
