@@ -38,8 +38,9 @@ while kill -0 "$step" 2>/dev/null; do
   wait "$step" || status=$?
 done
 
-# 75: stopped by a signal, after saving
-if [[ -n $stopping && $status == 75 ]]; then
+# 75: stopped by a signal, after saving. srun ends the ranks that leave after the first one (143, 137); all have saved
+# by then.
+if [[ -n $stopping && " 75 137 143 " == *" $status "* ]]; then
   echo "saved before the time limit; back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 fi
