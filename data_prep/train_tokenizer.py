@@ -162,7 +162,7 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
         )
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
-        reason = reason.split("] ")[-1]
+        reason = reason.split("] ")[-1].split(" or decrease character_coverage")[0]
         raise UserError(f"--vocab-size {options.vocab_size} does not fit the text ({reason})") from None
     return buffer.getvalue()
 
