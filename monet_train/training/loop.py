@@ -90,7 +90,7 @@ class Trainer:
             raise SystemExit(EXIT_STOPPED)
 
     def _train_step(self) -> tuple[Record, bool]:
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self.batches.wait_seconds
         rate = self.learning_rate(self.step)
         set_learning_rate(self.engine, rate)
         self.engine.train()
@@ -108,7 +108,7 @@ class Trainer:
         norm = gradient_norm(self.engine)
         self._refuse_non_finite(means, norm)
         seconds = time.perf_counter() - started
-        return self._record(means, rate, norm, seconds), stopped
+        return self._record(means, rate, norm, seconds, self.batches.wait_seconds - waited), stopped
 
     def forward(self, batch: Batch) -> Any:
         """Run the model on sequences of S + 1 tokens: S inputs, each with the token that follows it."""
@@ -140,7 +140,7 @@ class Trainer:
                 "lower optimizer.lr or lengthen schedule.warmup_steps and start again from the last checkpoint"
             )
 
-    def _record(self, means: list[float], rate: float, norm: float, seconds: float) -> Record:
+    def _record(self, means: list[float], rate: float, norm: float, seconds: float, waited: float) -> Record:
         peak = self.cost.peak_flops
         return {
             "step": self.step,
@@ -149,6 +149,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
+            "data_seconds": waited,
             "tokens_per_second": self.cost.tokens / seconds,
             "mfu": None if peak is None else self.cost.flops / seconds / peak,
         }

@@ -60,7 +60,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     topology = Topology(config.parallel.tensor)
     folder = Path(config.run.dir).resolve()
     steps = total_steps(config)
-    resume = _agree(lambda: _check_inputs(config, folder))
+    resume = _agree(lambda: _check_inputs(config, folder, device))
     corpus = _agree(lambda: _open_corpus(config, steps, folder))
     assert corpus is not None
     checkpoints = CheckpointFolder(
@@ -129,7 +129,8 @@ def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dic
     }
 
 
-def _check_inputs(config: TrainConfig, folder: Path) -> Path | None:
+def _check_inputs(config: TrainConfig, folder: Path, device: torch.device) -> Path | None:
+    kernels.describe(config.kernels, device)  # refuses native kernels that cannot run
     check_shards(config.data, config.model.vocab_size)
     check_run_folder(folder, config)
     return find_resume(config.checkpoint.resume, folder / "checkpoints")
