@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from monet_train.interop.checkpoint import resolve_checkpoint
 from tests.conftest import REPOSITORY
 
 TINY = [
@@ -64,11 +67,15 @@ def train(overrides: Iterable[str], processes: int = 1, check: bool = True) -> s
     return command([*launcher, *overrides], check)
 
 
-def train_in_turn(runs: list[list[str]], processes: int, folder: Path) -> None:
-    """Several trainings in one torchrun."""
+def train_in_turn(runs: list[list[str]], processes: int, folder: Path, killed_at: int | None = None) -> None:
+    """Several trainings in the same processes. ``killed_at``: the last one is killed as it saves after that step."""
     plan = folder / f"plan_{processes}.json"
-    plan.write_text(json.dumps([(free_port(), run) for run in runs]))
-    command([*torchrun(processes, "tests.training.worker"), str(plan)])
+    kills = [None] * (len(runs) - 1) + [killed_at]
+    plan.write_text(json.dumps([(free_port(), run, kill) for run, kill in zip(runs, kills, strict=True)]))
+    module = "tests.training.worker"
+    launcher = [sys.executable, "-m", module] if processes == 1 else torchrun(processes, module)
+    done = command([*launcher, str(plan)], check=killed_at is None)
+    assert (done.returncode == 0) == (killed_at is None), done.stderr
 
 
 def torchrun(processes: int, module: str = "monet_train.train") -> list[str]:
@@ -89,5 +96,10 @@ def free_port() -> int:
 def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that have ``key``, without their timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("step_seconds", "tokens_per_second", "mfu")
+    timings = ("step_seconds", "data_seconds", "tokens_per_second", "mfu")
     return [{k: v for k, v in line.items() if k not in timings} for line in lines if key in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of the newest checkpoint."""
+    return load_file(resolve_checkpoint(run) / "model.safetensors")
