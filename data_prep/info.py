@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.tokenizers import load_tokenizer
+from monet_train.data.index_file import read_index
 from monet_train.data.manifest import Manifest
-from monet_train.data.shards import read_index_header
 from monet_train.errors import UserError
 
 BAR = 40  # characters of the longest bar
@@ -23,8 +23,7 @@ def describe(folder: Path, samples: int) -> Iterator[str]:
         UserError: there is no readable manifest, or a shard is missing.
     """
     manifest = Manifest.read(folder)
-    for record in manifest.shards:
-        read_index_header(folder / record.name)
+    lengths = document_lengths(folder, manifest)
     yield f"{folder}"
     yield f"  fingerprint  {manifest.fingerprint}"
     yield f"  tokenizer    {manifest.tokenizer.kind}, {manifest.tokenizer.vocabulary_size} pieces"
@@ -36,16 +35,13 @@ def describe(folder: Path, samples: int) -> Iterator[str]:
         if reasons:
             yield f"  {name:<12} " + ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
     yield from _labels(manifest)
-    yield from _histogram(document_lengths(folder, manifest))
+    yield from _histogram(lengths)
     yield from _samples(folder, manifest, samples)
 
 
 def document_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
     """Tokens of every document, int32 [documents]."""
-    from monet_train.data.megatron import IndexedDataset
-
-    datasets = [IndexedDataset(str(folder / record.name)) for record in manifest.shards]
-    return np.concatenate([dataset.sequence_lengths for dataset in datasets])
+    return np.concatenate([read_index(folder / record.name).lengths for record in manifest.shards])
 
 
 def _labels(manifest: Manifest) -> Iterator[str]:
@@ -101,15 +97,16 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 
 def _samples(folder: Path, manifest: Manifest, samples: int) -> Iterator[str]:
-    from monet_train.data.megatron import IndexedDataset
-
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
     borders = np.cumsum([0] + [record.documents for record in manifest.shards])
     chosen = np.unique(np.linspace(0, manifest.documents - 1, samples).astype(np.int64))
     for document in chosen:
         number = int(np.searchsorted(borders, document, side="right")) - 1
         record = manifest.shards[number]
-        dataset = IndexedDataset(str(folder / record.name))
-        local = int(document - borders[number])
-        text = tokenizer.decode(dataset[local][:SAMPLE_CHARS].tolist())[:SAMPLE_CHARS]
-        yield f"\n  document {document:,} ({record.name}, {dataset.sequence_lengths[local]:,} tokens)\n    {text!r}"
+        index, local = read_index(folder / record.name), int(document - borders[number])
+        length, pointer = int(index.lengths[local]), int(index.pointers[local])
+        tokens = np.fromfile(
+            folder / f"{record.name}.bin", manifest.dtype, count=min(length, SAMPLE_CHARS), offset=pointer
+        )
+        text = tokenizer.decode(tokens.tolist())[:SAMPLE_CHARS]
+        yield f"\n  document {document:,} ({record.name}, {length:,} tokens)\n    {text!r}"

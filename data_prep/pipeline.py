@@ -18,9 +18,10 @@ from data_prep.documents import Chunk, read_chunks
 from data_prep.encode import Encoded, Encoder
 from data_prep.journal import Totals
 from data_prep.recipe import Recipe
-from data_prep.shard_writer import ShardWriter, shard_dtype
+from data_prep.shard_writer import ShardWriter
 from data_prep.sources import Part
 from data_prep.tokenizers import Tokenizer
+from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import Position, ShardRecord
 
 
@@ -47,7 +48,7 @@ class Plan:
     @property
     def dtype(self) -> type[np.number]:
         """The type of stored tokens."""
-        return shard_dtype(self.tokenizer.record.vocabulary_size)
+        return token_dtype(self.tokenizer.record.vocabulary_size)
 
     def describe(self) -> dict[str, Any]:
         """What decides the shards' bytes: equal descriptions give equal shards.

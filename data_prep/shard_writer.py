@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.encode import Encoded
 from data_prep.files import sha256_file, sync
 from data_prep.recipe import LABELS
+from monet_train.data.index_file import write_index
 from monet_train.data.manifest import FileRecord, Position, ShardRecord
 from monet_train.errors import UserError
 
@@ -19,26 +20,18 @@ NO_VALUE = "(none)"
 MANY_VALUES = 1000  # label values counted one by one in the manifest; the labels file has all
 
 
-def shard_dtype(vocabulary_size: int) -> type[np.number]:
-    """The type of the tokens: Megatron's choice for a vocabulary."""
-    from monet_train.data.megatron import DType
-
-    return DType.optimal_dtype(vocabulary_size)
-
-
 class ShardWriter:
     """Collects documents; ``finish`` puts the shard under its final name, ``abandon`` leaves nothing."""
 
     def __init__(self, folder: Path, name: str, dtype: type[np.number], start: Position) -> None:
-        from monet_train.data.megatron import IndexedDatasetBuilder
-
         self.folder, self.name = folder, name
         self.start = self.end = start
         self.documents = self.tokens = self.text_bytes = 0
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
         self._labels: list[list[str | None]] = [[] for _ in LABELS]
-        self._builder = IndexedDatasetBuilder(str(self._temporary("bin")), dtype=dtype)
+        self._dtype = dtype
+        self._bin = self._temporary("bin").open("wb")
 
     def _temporary(self, suffix: str) -> Path:
         return self.folder / f".{self.name}.{suffix}.tmp"
@@ -52,11 +45,7 @@ class ShardWriter:
         lengths = encoded.lengths[begin:end]
         offset = int(encoded.lengths[:begin].sum(dtype=np.int64))
         tokens = encoded.tokens[offset : offset + int(lengths.sum(dtype=np.int64))]
-        # One call for all documents of a chunk: the builder counts it as one document of many sequences,
-        # which the line below mends.
-        before = len(self._builder.sequence_lengths)
-        self._builder.add_document(tokens, lengths.tolist())
-        self._builder.document_indices[-1:] = range(before + 1, before + len(lengths) + 1)
+        self._bin.write(tokens.astype(self._dtype).data)
         self._lengths.append(lengths)
         self._bytes.append(encoded.text_bytes[begin:end])
         for column, values in zip(self._labels, encoded.labels, strict=True):
@@ -67,8 +56,9 @@ class ShardWriter:
 
     def finish(self) -> ShardRecord:
         """Write index and labels, make all durable, rename, and describe the shard."""
-        self._builder.finalize(str(self._temporary("idx")))
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
+        self._bin.close()
+        write_index(self._temporary("idx"), self._dtype, lengths)
         labels = self._write_labels(lengths, sizes)
         files = {}
         for suffix in SUFFIXES:
@@ -92,7 +82,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         with contextlib.suppress(OSError):  # a full disk cannot take what is still buffered
-            self._builder.data_file.close()
+            self._bin.close()
         for suffix in SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from data_prep.files import write_whole
 from data_prep.journal import Journal, exclusive, other_recipe
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
-from data_prep.shard_writer import disk_error, shard_dtype
+from data_prep.shard_writer import disk_error
 from data_prep.sources import list_parts
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position
 from monet_train.errors import UserError
 
@@ -34,8 +33,6 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
         raise UserError("--max-documents and --max-bytes bound the whole corpus and cannot be used with --tasks")
     if not 0 <= options.task < options.tasks:
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
-    # Megatron's import takes seconds: it goes on while the workers start.
-    threading.Thread(target=importlib.import_module, args=("monet_train.data.megatron",), daemon=True).start()
     plan = Plan(recipe, list_parts(recipe), tokenizer, options)
     with exclusive(folder, f".lock{_task_suffix(options)}"):
         try:
@@ -115,7 +112,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
         )
     manifest = Manifest(
         tokenizer=tokenizer.record,
-        dtype=np.dtype(shard_dtype(tokenizer.record.vocabulary_size)).name,
+        dtype=np.dtype(token_dtype(tokenizer.record.vocabulary_size)).name,
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         text_bytes=sum(shard.text_bytes for shard in shards),

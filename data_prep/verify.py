@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.files import sha256_file
+from monet_train.data.index_file import read_index, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
-from monet_train.data.shards import Shard, read_index_header
 from monet_train.errors import UserError
 
 SCAN_TOKENS = 1 << 24  # read at once
@@ -75,22 +76,23 @@ def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Itera
         return
     if np.dtype(header.dtype).name != manifest.dtype or header.sequences != record.documents:
         yield f"{prefix}.idx is not the index that the manifest describes"
-    yield from _check_tokens(Shard(prefix, header), record, manifest)
+    yield from _check_tokens(prefix, header.dtype, record, manifest)
 
 
-def _check_tokens(shard: Shard, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
-    from monet_train.data.megatron import IndexedDataset
-
-    dataset = IndexedDataset(str(shard.prefix))
-    lengths = np.array(dataset.sequence_lengths, dtype=np.int64)
-    if lengths.sum() != record.tokens or lengths.min() < 1:
-        yield f"{shard.idx} has lengths that do not fit the tokens"
+def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
+    lengths, pointers, borders = read_index(prefix)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if len(ends) == 0 or lengths.min() < 1 or ends[-1] != record.tokens:
+        yield f"{prefix}.idx has lengths that do not fit the tokens"
         return
-    tokens = np.memmap(shard.bin, dtype=shard.header.dtype, mode="r")
+    if (pointers != (ends - lengths) * np.dtype(dtype).itemsize).any() or (np.diff(borders) != 1).any() or borders[0]:
+        yield f"{prefix}.idx has document borders that do not fit its lengths"
+        return
+    tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
     for begin in range(0, len(tokens), SCAN_TOKENS):
         block = tokens[begin : begin + SCAN_TOKENS]
         if block.min() < 0 or block.max() >= manifest.tokenizer.vocabulary_size:
-            yield f"{shard.bin} has tokens outside the vocabulary of {manifest.tokenizer.vocabulary_size}"
+            yield f"{prefix}.bin has tokens outside the vocabulary of {manifest.tokenizer.vocabulary_size}"
             return
-    if (tokens[np.cumsum(lengths) - 1] != manifest.tokenizer.eos_id).any():
-        yield f"{shard.bin} has documents that do not end with the end-of-text token {manifest.tokenizer.eos_id}"
+    if (tokens[ends - 1] != manifest.tokenizer.eos_id).any():
+        yield f"{prefix}.bin has documents that do not end with the end-of-text token {manifest.tokenizer.eos_id}"

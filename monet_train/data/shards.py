@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from monet_train.data.index_file import REBUILD, IndexHeader, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest
 from monet_train.errors import UserError
 
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER_BYTES = 34  # magic 9, version 8, dtype code 1, sequence count 8, document count 8
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # Megatron's DType codes
 SCAN_BYTES = 32 << 20  # how much of a shard without manifest is searched for tokens that are too large
-REBUILD = "run the same `monet-data shards` command again to rebuild it"
-
-
-class IndexHeader(NamedTuple):
-    """What an ``.idx`` file says about its ``.bin``."""
-
-    dtype: Any
-    sequences: int
-    documents: int
-    bin_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,44 +48,6 @@ class ShardSet:
     def tokenizer_file(self) -> Path | None:
         """The tokenizer beside the shards, if they tell."""
         return self.path / self.manifest.tokenizer.file if self.manifest else None
-
-
-def read_index_header(prefix: Path) -> IndexHeader:
-    """Read and check the header of ``prefix.idx`` against both files' sizes, without reading their contents.
-
-    Raises:
-        UserError: a file of the pair is missing, is no index, or is shorter or longer than it says.
-    """
-    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (bin_, idx):
-        if not path.is_file():
-            raise UserError(f"shard file {path} is missing: {REBUILD}, or correct data.path")
-    with idx.open("rb") as stream:
-        head = stream.read(INDEX_HEADER_BYTES)
-        if len(head) < INDEX_HEADER_BYTES or not head.startswith(INDEX_MAGIC):
-            raise UserError(f"{idx} is no Megatron index: {REBUILD}, or correct data.path")
-        version, code, sequences, documents = struct.unpack("<QBQQ", head[len(INDEX_MAGIC) :])
-        if version != 1 or code not in DTYPES:
-            raise UserError(f"{idx} has version {version} and type code {code}, which cannot be read: {REBUILD}")
-        dtype = DTYPES[code]
-        lengths, pointers = INDEX_HEADER_BYTES, INDEX_HEADER_BYTES + 4 * sequences
-        expected = pointers + 8 * sequences + 8 * documents
-        # A multimodal index has one more byte a sequence.
-        if idx.stat().st_size not in (expected, expected + sequences):
-            raise UserError(f"{idx} has {idx.stat().st_size} bytes instead of {expected} (truncated?): {REBUILD}")
-        bin_bytes = 0
-        if sequences:
-            stream.seek(lengths + 4 * (sequences - 1))
-            (length,) = struct.unpack("<i", stream.read(4))
-            stream.seek(pointers + 8 * (sequences - 1))
-            (pointer,) = struct.unpack("<q", stream.read(8))
-            bin_bytes = pointer + length * np.dtype(dtype).itemsize
-    if bin_.stat().st_size != bin_bytes:
-        raise UserError(
-            f"{bin_} has {bin_.stat().st_size} bytes, its index {idx.name} says {bin_bytes} "
-            f"(truncated, or an index from elsewhere): {REBUILD}"
-        )
-    return IndexHeader(dtype, sequences, documents - 1, bin_bytes)
 
 
 def find_shards(path: Path) -> ShardSet:

@@ -25,11 +25,14 @@ import data_prep.encode
 import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
+from data_prep.encode import Encoded
 from data_prep.recipe import LABELS, load_recipe
+from data_prep.shard_writer import ShardWriter
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from data_prep.verify import verify
-from monet_train.data.manifest import Manifest
-from monet_train.data.megatron import IndexedDataset
+from monet_train.data.index_file import read_index, token_dtype
+from monet_train.data.manifest import Manifest, Position
+from monet_train.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from monet_train.errors import UserError
 from tests.data import kill
 from tests.data.conftest import REPOSITORY, text_of
@@ -82,6 +85,42 @@ def test_shards_hold_the_documents_in_order(shards: Path, tokenizer: Tokenizer) 
     assert problems == [] and manifest.documents == 300 and len(manifest.shards) > 3
     assert manifest.text_bytes == sum(len(text_of(i).encode()) for i in range(300))
     assert all(record.tokens >= 4000 for record in manifest.shards[:-1])
+
+
+@pytest.mark.parametrize("vocabulary", [400, 70_000])
+def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Path) -> None:
+    """Byte for byte, and the choice of the dtype too."""
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, vocabulary, random.integers(1, 50)).astype(np.int32) for _ in range(30)]
+    dtype = token_dtype(vocabulary)
+    assert dtype is DType.optimal_dtype(vocabulary)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
+    for tokens in texts:
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(str(tmp_path / "megatron.idx"))
+    writer = ShardWriter(tmp_path, "ours", dtype, Position(0, 0, 0))
+    for group in (texts[:10], texts[10:]):  # two chunks, of which the last is cut
+        unlabelled: list[str | None] = [None] * len(group)
+        lengths = np.array([len(tokens) for tokens in group], dtype=np.int32)
+        encoded = Encoded(np.concatenate(group), lengths, lengths.astype(np.int64), [unlabelled] * len(LABELS), [], {})
+        writer.add(encoded, 0, len(group) // 2, Position(0, 0, len(group) // 2))
+        writer.add(encoded, len(group) // 2, len(group), Position(0, 1, 0))
+    writer.finish()
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"megatron.{suffix}").read_bytes()
+    index, reference = read_index(tmp_path / "ours"), IndexedDataset(str(tmp_path / "ours"))
+    assert np.array_equal(index.lengths, reference.sequence_lengths)
+    assert np.array_equal(index.borders, reference.document_indices)
+    assert np.array_equal(index.pointers, reference.index.sequence_pointers)
+
+
+def test_preparing_does_not_import_torch() -> None:
+    """Its import, and Megatron's, take longer than to tokenize a hundred megabytes."""
+    program = (
+        "import sys, data_prep.__main__, data_prep.shards, data_prep.verify, data_prep.info\n"
+        "sys.exit(bool({'torch', 'megatron', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 def test_labels_lie_beside_the_shards(shards: Path) -> None:
