@@ -247,12 +247,12 @@ def row(workload: str, mode: str, tokens: int, seconds: dict[str, float]) -> dic
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a row: milliseconds of ours, and how many times as long the others took."""
     names = sorted({name for found in rows for name in found["milliseconds"]} - {"native"})
-    lines = [["size", "workload", "mode", "tokens", "native ms", *names, "kept MB", "plain"]]
+    lines = [["workload", "mode", "tokens", "native ms", *names, "kept MB", "plain"]]
     for found in rows:
         times = found["times_native"]
         kept = found.get("kept_bytes", {})
         lines.append([
-            found["size"], found["workload"], found["mode"], str(found["tokens"]),
+            found["workload"], found["mode"], str(found["tokens"]),
             f"{found['milliseconds']['native']:.2f}",
             *(f"{times[name]:.2f}x" if name in times else "" for name in names),
             *(f"{kept[name] / 1e6:.1f}" if name in kept else "" for name in ("native", "plain")),
@@ -273,7 +273,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decode-rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the definition")
-    parser.add_argument("--out", type=Path, help="JSON file; default: benchmarks/results/experts-PROCESSOR.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON files")
     return parser.parse_args(arguments)
 
 
@@ -286,26 +286,33 @@ def main() -> None:
     if "native, sparse" not in said:
         raise UserError(f"{said}; build them with pip install --no-build-isolation -e .")
     print(said)
-    torch.manual_seed(0)
-    conditions = environment()
     measures = (measure_layer, measure_group, measure_decode)
-    work = [(name, form, measure) for name in options.sizes for form in options.forms for measure in measures]
-    rows: list[dict[str, Any]] = []
-    for name, form, measure in tqdm(work, unit="workload"):
-        rows += [{"size": name} | found for found in measure(form, sizes_of(name), options)]
-    print(table(rows))
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{conditions['processor']} {conditions['threads']} threads".lower()).strip("-")
-    out = options.out or ROOT / "benchmarks" / "results" / f"experts-{slug}-{options.dtype}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "environment": conditions,
-        "kernels": said,
-        "dtype": options.dtype,
-        "rounds": options.rounds,
-        "rows": rows,
-    }
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"written to {out}")
+    for name in options.sizes:
+        torch.manual_seed(0)
+        conditions = environment()
+        work = [(form, measure) for form in options.forms for measure in measures]
+        rows: list[dict[str, Any]] = []
+        for form, measure in tqdm(work, desc=name, unit="workload", leave=False):
+            rows += measure(form, sizes_of(name), options)
+        print(f"{name}\n{table(rows)}")
+        report = {
+            "size": name,
+            "dtype": options.dtype,
+            "rounds": options.rounds,
+            "kernels": said,
+            "environment": conditions,
+            "rows": rows,
+        }
+        out = options.out / f"experts-{name}-{options.dtype}-{slug(conditions)}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {out}")
+
+
+def slug(conditions: dict[str, Any]) -> str:
+    """The machine, for a file name."""
+    words = f"{conditions['processor']} {conditions['threads']} threads".lower()
+    return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
 if __name__ == "__main__":

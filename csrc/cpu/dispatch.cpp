@@ -64,4 +64,13 @@ const Products<double>& products<double>() {
   return chosen().load()->fp64;
 }
 
+template <>
+const Scan<float>& scan<float>() {
+  return chosen().load()->scan_fp32;
+}
+template <>
+const Scan<double>& scan<double>() {
+  return chosen().load()->scan_fp64;
+}
+
 }  // namespace monet::cpu

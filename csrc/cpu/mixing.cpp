@@ -55,14 +55,29 @@ void with_units(int64_t count, const F& f) {
   }
 }
 
+// One gate that is not 0: about one a pair.
+template <class C>
+struct Active {
+  int32_t pair, head;
+  C gate;
+};
+
 // One side of one token. "By pair" is [pairs, units] over all tokens, "by head" is [heads, units] of this token.
 template <class C, class U>
 class TokenSide {
  public:
-  TokenSide(const Side<C>& side, int64_t token, U units)
-      : units_(units), gates_(side.gates), heads_(side.heads),
-        first_(side.pairs.row_pair + side.pairs.row_start[token]),
-        last_(side.pairs.row_pair + side.pairs.row_start[token + 1]) {}
+  // room: for as many gates as a token can have, [experts * heads].
+  TokenSide(const Side<C>& side, int64_t token, U units, Active<C>* room)
+      : units_(units), side_(side), first_(side.pairs.row_pair + side.pairs.row_start[token]),
+        last_(side.pairs.row_pair + side.pairs.row_start[token + 1]), active_(room), active_end_(room) {
+    // Without a branch that would be mispredicted at every active gate.
+    for (const int32_t* pair = first_; pair != last_; ++pair)
+      for (int64_t h = 0; h < side.heads; ++h) {
+        const C gate = side.gates[*pair * side.heads + h];
+        *active_end_ = {*pair, static_cast<int32_t>(h), gate};
+        active_end_ += gate != 0;
+      }
+  }
 
   void activate(const C* s, C* a) const {
     for_each_unit([&](int64_t at) { a[at] = relu_squared(s[at]); });
@@ -75,25 +90,23 @@ class TokenSide {
 
   // by_head[h] = sum over the pairs of gate_h by_pair.
   void gather(const C* by_pair, C* by_head) const {
-    std::fill(by_head, by_head + heads_ * units_, C{0});
-    for_each_active([&](int64_t pair, int64_t h, C gate) {
-      for (int64_t u = 0; u < units_; ++u) by_head[h * units_ + u] += gate * by_pair[pair * units_ + u];
-    });
+    std::fill(by_head, by_head + side_.heads * units_, C{0});
+    for (const Active<C>* it = active_; it != active_end_; ++it)
+      for (int64_t u = 0; u < units_; ++u) by_head[it->head * units_ + u] += it->gate * by_pair[it->pair * units_ + u];
   }
 
   // by_pair = sum over the heads of gate_h by_head[h].
   void spread(const C* by_head, C* by_pair) const {
     for_each_unit([&](int64_t at) { by_pair[at] = 0; });
-    for_each_active([&](int64_t pair, int64_t h, C gate) {
-      for (int64_t u = 0; u < units_; ++u) by_pair[pair * units_ + u] += gate * by_head[h * units_ + u];
-    });
+    for (const Active<C>* it = active_; it != active_end_; ++it)
+      for (int64_t u = 0; u < units_; ++u) by_pair[it->pair * units_ + u] += it->gate * by_head[it->head * units_ + u];
   }
 
-  // Gradient of a gate in gather (by_head: its gradient) or spread (by_pair: its gradient).
+  // Gradient of the gates in gather (by_head: its gradient) or spread (by_pair: its gradient).
   void add_gate_gradient(const C* by_head, const C* by_pair, C* dgates) const {
-    for_each_active([&](int64_t pair, int64_t h, C) {
-      dgates[pair * heads_ + h] += dot(by_head + h * units_, by_pair + pair * units_, units_);
-    });
+    for (const Active<C>* it = active_; it != active_end_; ++it)
+      dgates[it->pair * side_.heads + it->head] +=
+          dot(by_head + it->head * units_, by_pair + it->pair * units_, units_);
   }
 
   // out (+)= sum of the pair's gates times by_pair.
@@ -101,15 +114,15 @@ class TokenSide {
   void scale_by_total(const C* by_pair, C* out) const {
     for (const int32_t* pair = first_; pair != last_; ++pair) {
       C total = 0;
-      for (int64_t h = 0; h < heads_; ++h) total += gates_[*pair * heads_ + h];
+      for (int64_t h = 0; h < side_.heads; ++h) total += side_.gates[*pair * side_.heads + h];
       for (int64_t u = 0, at = *pair * units_; u < units_; ++u)
         out[at + u] = (add ? out[at + u] : C{0}) + total * by_pair[at + u];
     }
   }
   void add_total_gradient(const C* by_pair, const C* dout, C* dgates) const {
-    for_each_active([&](int64_t pair, int64_t h, C) {
-      dgates[pair * heads_ + h] += dot(by_pair + pair * units_, dout + pair * units_, units_);
-    });
+    for (const Active<C>* it = active_; it != active_end_; ++it)
+      dgates[it->pair * side_.heads + it->head] +=
+          dot(by_pair + it->pair * units_, dout + it->pair * units_, units_);
   }
 
  private:
@@ -119,26 +132,33 @@ class TokenSide {
       for (int64_t u = 0; u < units_; ++u) f(*pair * units_ + u);
   }
 
-  // Heads in which the gate is not 0: about one a pair.
-  template <class F>
-  void for_each_active(const F& f) const {
-    for (const int32_t* pair = first_; pair != last_; ++pair)
-      for (int64_t h = 0; h < heads_; ++h)
-        if (const C gate = gates_[*pair * heads_ + h]; gate != 0) f(int64_t{*pair}, h, gate);
-  }
-
   U units_;
-  const C* gates_;
-  int64_t heads_;
+  const Side<C>& side_;
   const int32_t *first_, *last_;
+  Active<C> *active_, *active_end_;
 };
 
-// f(token, scratch) for every token, with room for `count` arrays by head.
+// What a task needs beside its tokens: `count` sums by head, and room for the active gates of both sides.
+template <class C>
+struct Scratch {
+  Scratch(const Side<C>& side, int64_t count)
+      : by_head(count), room1(side.pairs.experts * side.heads + 1), room2(room1.size()) {}
+
+  std::vector<C> by_head;
+  std::vector<Active<C>> room1, room2;
+};
+
+// f(side 1 of a token, side 2 of it, room for `count` sums by head) for every token.
 template <class C, class F>
-void for_each_token(int64_t tokens, int64_t count, const F& f) {
-  for_each_task(ceil_div(tokens, kTaskTokens), [&](int64_t task) {
-    std::vector<C> scratch(count);
-    for (int64_t t = task * kTaskTokens; t < smaller(tokens, (task + 1) * kTaskTokens); ++t) f(t, scratch.data());
+void for_each_token(const Side<C>& side1, const Side<C>& side2, int64_t units, int64_t count, const F& f) {
+  const int64_t tokens = side1.pairs.tokens;
+  with_units(units, [&](auto known_units) {
+    for_each_task(ceil_div(tokens, kTaskTokens), [&](int64_t task) {
+      Scratch<C> scratch(side1, count * side1.heads * units);
+      for (int64_t t = task * kTaskTokens; t < smaller(tokens, (task + 1) * kTaskTokens); ++t)
+        f(TokenSide(side1, t, known_units, scratch.room1.data()), TokenSide(side2, t, known_units, scratch.room2.data()),
+          scratch.by_head.data());
+    });
   });
 }
 
@@ -146,94 +166,80 @@ void for_each_token(int64_t tokens, int64_t count, const F& f) {
 
 template <class C>
 void mix_vertical(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t count, const VerticalMix<C>& mix) {
-  const int64_t by_head = side1.heads * count;
-  with_units(count, [&](auto units) {
-    for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* scratch) {
-      const TokenSide one(side1, t, units), two(side2, t, units);
-      C *mixed_a = scratch, *mixed_c = scratch + by_head;
-      one.activate(s1, mix.own1);
-      two.activate(s2, mix.own2);
-      one.gather(mix.own1, mixed_a);
-      two.gather(mix.own2, mixed_c);
-      one.spread(mixed_c, mix.cross1);
-      two.spread(mixed_a, mix.cross2);
-      one.template scale_by_total<false>(mix.own1, mix.own1);
-      two.template scale_by_total<false>(mix.own2, mix.own2);
-    });
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix) {
+  for_each_token(side1, side2, units, 2, [&](const auto& one, const auto& two, C* scratch) {
+    C *mixed_a = scratch, *mixed_c = mixed_a + side1.heads * units;
+    one.activate(s1, mix.own1);
+    two.activate(s2, mix.own2);
+    one.gather(mix.own1, mixed_a);
+    two.gather(mix.own2, mixed_c);
+    one.spread(mixed_c, mix.cross1);
+    two.spread(mixed_a, mix.cross2);
+    one.template scale_by_total<false>(mix.own1, mix.own1);
+    two.template scale_by_total<false>(mix.own2, mix.own2);
   });
 }
 
 template <class C>
 void mix_vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t count,
+    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
     const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2) {
-  const int64_t by_head = side1.heads * count;
   std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
   std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
-  with_units(count, [&](auto units) {
-    for_each_token<C>(side1.pairs.tokens, 4 * by_head, [&](int64_t t, C* scratch) {
-      const TokenSide one(side1, t, units), two(side2, t, units);
-      C *mixed_a = scratch, *mixed_c = mixed_a + by_head, *dmixed_a = mixed_c + by_head, *dmixed_c = dmixed_a + by_head;
-      one.activate(s1, mix.own1);
-      two.activate(s2, mix.own2);
-      one.gather(mix.own1, mixed_a);
-      two.gather(mix.own2, mixed_c);
-      one.spread(mixed_c, mix.cross1);
-      two.spread(mixed_a, mix.cross2);
-      one.gather(dmix.cross1, dmixed_c);
-      two.gather(dmix.cross2, dmixed_a);
+  for_each_token(side1, side2, units, 4, [&](const auto& one, const auto& two, C* scratch) {
+    const int64_t by_head = side1.heads * units;
+    C *mixed_a = scratch, *mixed_c = mixed_a + by_head, *dmixed_a = mixed_c + by_head, *dmixed_c = dmixed_a + by_head;
+    one.activate(s1, mix.own1);
+    two.activate(s2, mix.own2);
+    one.gather(mix.own1, mixed_a);
+    two.gather(mix.own2, mixed_c);
+    one.spread(mixed_c, mix.cross1);
+    two.spread(mixed_a, mix.cross2);
+    one.gather(dmix.cross1, dmixed_c);
+    two.gather(dmix.cross2, dmixed_a);
 
-      const auto side_backward = [&](const auto& side, const C* s, C* own, const C* down, const C* dcross,
-                                     const C* mixed_other, const C* dmixed, C* ds, C* dgates) {
-        side.add_gate_gradient(mixed_other, dcross, dgates);
-        side.add_gate_gradient(dmixed, own, dgates);
-        side.add_total_gradient(own, down, dgates);
-        side.spread(dmixed, ds);
-        side.template scale_by_total<true>(down, ds);
-        side.activate_backward(s, ds, ds);
-        side.template scale_by_total<false>(own, own);
-      };
-      side_backward(one, s1, mix.own1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, ds1, dgates1);
-      side_backward(two, s2, mix.own2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, ds2, dgates2);
-    });
+    const auto side_backward = [](const auto& side, const C* s, C* own, const C* down, const C* dcross,
+                                  const C* mixed_other, const C* dmixed, C* ds, C* dgates) {
+      side.add_gate_gradient(mixed_other, dcross, dgates);
+      side.add_gate_gradient(dmixed, own, dgates);
+      side.add_total_gradient(own, down, dgates);
+      side.spread(dmixed, ds);
+      side.template scale_by_total<true>(down, ds);
+      side.activate_backward(s, ds, ds);
+      side.template scale_by_total<false>(own, own);
+    };
+    side_backward(one, s1, mix.own1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, ds1, dgates1);
+    side_backward(two, s2, mix.own2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, ds2, dgates2);
   });
 }
 
 template <class C>
-void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t count, C* y) {
-  std::vector<C> a(side1.pairs.count * count);
-  with_units(count, [&](auto units) {
-    for_each_token<C>(side1.pairs.tokens, side1.heads * count, [&](int64_t t, C* mixed) {
-      const TokenSide one(side1, t, units), two(side2, t, units);
-      one.activate(s1, a.data());
-      one.gather(a.data(), mixed);
-      two.spread(mixed, y);
-    });
+void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y) {
+  std::vector<C> a(side1.pairs.count * units);
+  for_each_token(side1, side2, units, 1, [&](const auto& one, const auto& two, C* mixed) {
+    one.activate(s1, a.data());
+    one.gather(a.data(), mixed);
+    two.spread(mixed, y);
   });
 }
 
 template <class C>
 void mix_horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t count, const C* dy, C* y, C* ds1, C* dgates1,
+    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
     C* dgates2) {
-  const int64_t by_head = side1.heads * count;
   std::fill(dgates1, dgates1 + side1.pairs.count * side1.heads, C{0});
   std::fill(dgates2, dgates2 + side2.pairs.count * side2.heads, C{0});
-  with_units(count, [&](auto units) {
-    for_each_token<C>(side1.pairs.tokens, 2 * by_head, [&](int64_t t, C* mixed) {
-      const TokenSide one(side1, t, units), two(side2, t, units);
-      C* dmixed = mixed + by_head;
-      C* a = ds1;  // until its gradient takes the place
-      one.activate(s1, a);
-      one.gather(a, mixed);
-      two.spread(mixed, y);
-      two.gather(dy, dmixed);
-      two.add_gate_gradient(mixed, dy, dgates2);
-      one.add_gate_gradient(dmixed, a, dgates1);
-      one.spread(dmixed, ds1);
-      one.activate_backward(s1, ds1, ds1);
-    });
+  for_each_token(side1, side2, units, 2, [&](const auto& one, const auto& two, C* mixed) {
+    C* dmixed = mixed + side1.heads * units;
+    C* a = ds1;  // until its gradient takes the place
+    one.activate(s1, a);
+    one.gather(a, mixed);
+    two.spread(mixed, y);
+    two.gather(dy, dmixed);
+    two.add_gate_gradient(mixed, dy, dgates2);
+    one.add_gate_gradient(dmixed, a, dgates1);
+    one.spread(dmixed, ds1);
+    one.activate_backward(s1, ds1, ds1);
   });
 }
 

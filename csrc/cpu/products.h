@@ -25,6 +25,15 @@ struct ScatterPart {
   Rows<const S> w;
 };
 
+// The scan of one row of logits. T is float or double.
+template <class T>
+struct Scan {
+  // The largest value; NaN if any is.
+  T (*largest)(const T* values, int64_t count);
+  // flags[i] |= values[i] >= cut
+  void (*mark)(const T* values, int64_t count, T cut, uint8_t* flags);
+};
+
 template <class S>
 struct Products {
   using C = Accumulator<S>;
@@ -45,6 +54,8 @@ struct Products {
 // Those of the best instruction set of this machine, unless another was selected.
 template <class S>
 const Products<S>& products();
+template <class T>
+const Scan<T>& scan();
 
 // "AVX-512", "AVX2" or "portable".
 const char* instruction_set();
@@ -57,6 +68,8 @@ struct ProductsOfAllTypes {
   Products<float> fp32;
   Products<BFloat16> bf16;
   Products<double> fp64;
+  Scan<float> scan_fp32;
+  Scan<double> scan_fp64;
 };
 extern const ProductsOfAllTypes products_portable, products_avx2, products_avx512;
 

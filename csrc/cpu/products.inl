@@ -218,11 +218,39 @@ void gather(
   });
 }
 
+template <class T>
+T largest(const T* values, int64_t count) {
+  Values<T> best, nan = {};
+  for (int lane = 0; lane < lanes<T>; ++lane) best[lane] = -__builtin_inf();
+  const auto take = [&](Values<T> v) {
+    best = v > best ? v : best;
+    nan = v == v ? nan : v;
+  };
+  int64_t i = 0;
+  for (; i + lanes<T> <= count; i += lanes<T>) take(load(values + i));
+  T result = -__builtin_inf(), bad = 0;
+  const auto take_one = [&](T value, T not_a_number) {
+    result = value > result ? value : result;
+    bad = not_a_number == not_a_number ? bad : not_a_number;
+  };
+  for (int lane = 0; lane < lanes<T>; ++lane) take_one(best[lane], nan[lane]);
+  for (; i < count; ++i) take_one(values[i], values[i]);
+  return bad == bad ? result : bad;
+}
+
+template <class T>
+void mark(const T* values, int64_t count, T cut, uint8_t* flags) {
+  for (int64_t i = 0; i < count; ++i) flags[i] |= values[i] >= cut;
+}
+
+template <class T>
+constexpr Scan<T> scan_table = {largest<T>, mark<T>};
 template <class S>
 constexpr Products<S> table = {dot<S>, scatter<S>, outer<S>, gather<S>};
 
 }  // namespace
 
-const ProductsOfAllTypes MONET_PRODUCTS = {MONET_NAME, table<float>, table<BFloat16>, table<double>};
+const ProductsOfAllTypes MONET_PRODUCTS = {
+    MONET_NAME, table<float>, table<BFloat16>, table<double>, scan_table<float>, scan_table<double>};
 
 }  // namespace monet::cpu

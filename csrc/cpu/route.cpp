@@ -7,12 +7,12 @@
 #include <vector>
 
 #include "../parallel.h"
+#include "products.h"
 
 namespace monet::cpu {
 namespace {
 
 constexpr int64_t kChunkTokens = 64;  // tokens of a task
-constexpr int kLanes = 16;            // independent partial results, so that loops vectorise without reassociation
 
 template <class F>
 void for_each_chunk(int64_t tokens, const F& f) {
@@ -34,28 +34,11 @@ void for_each_bit(const uint64_t* words, int64_t count, const F& f) {
     for (uint64_t bits = words[word]; bits != 0; bits &= bits - 1) f(word * 64 + __builtin_ctzll(bits));
 }
 
-// NaN if any value is.
-template <class T>
-T largest_of(const T* values, int64_t count) {
-  T best[kLanes];
-  T nan[kLanes] = {};
-  for (T& b : best) b = -std::numeric_limits<T>::infinity();
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T value = values[i + lane];
-      best[lane] = value > best[lane] ? value : best[lane];
-      nan[lane] = value == value ? nan[lane] : value;
-    }
-  for (; i < count; ++i) {
-    best[0] = values[i] > best[0] ? values[i] : best[0];
-    nan[0] = values[i] == values[i] ? nan[0] : values[i];
-  }
-  for (int lane = 1; lane < kLanes; ++lane) {
-    best[0] = best[lane] > best[0] ? best[lane] : best[0];
-    nan[0] = nan[lane] == nan[lane] ? nan[0] : nan[lane];
-  }
-  return nan[0] == nan[0] ? best[0] : nan[0];
+// Eight flags (0 or 1) as bits, the first the lowest.
+inline uint64_t pack_flags(const uint8_t* flags) {
+  uint64_t bytes;
+  std::memcpy(&bytes, flags, sizeof bytes);
+  return bytes * 0x0102040810204080 >> 56;  // brings bit 0 of byte i to bit 56 + i
 }
 
 template <class T>
@@ -128,7 +111,7 @@ void mark_active(
       std::fill(flags.begin(), flags.end(), uint8_t{0});
       for (int64_t h = 0; h < heads; ++h) {
         const T* z = logits + (t * heads + h) * experts;
-        const T largest = largest_of(z, experts);
+        const T largest = scan<T>().largest(z, experts);
         const T cut = threshold[h] < largest ? threshold[h] : largest;
         // The softmax of such a row is NaN in every half-expert, so all of them are kept.
         const bool undefined = !std::isfinite(largest) || std::isnan(threshold[h]);
@@ -137,12 +120,12 @@ void mark_active(
         if (undefined)
           std::fill(flags.begin(), flags.begin() + experts, uint8_t{1});
         else
-          for (int64_t i = 0; i < experts; ++i) flags[i] |= z[i] >= cut;
+          scan<T>().mark(z, experts, cut, flags.data());
       }
       int32_t count = 0;
       for (int64_t word = 0; word < words; ++word) {
         uint64_t bits = 0;
-        for (int bit = 0; bit < 64; ++bit) bits |= uint64_t{flags[word * 64 + bit]} << bit;
+        for (int byte = 0; byte < 8; ++byte) bits |= pack_flags(flags.data() + word * 64 + byte * 8) << byte * 8;
         marks.active[t * words + word] = bits;
         count += __builtin_popcountll(bits);
       }

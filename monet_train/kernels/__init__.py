@@ -33,16 +33,10 @@ IMPLEMENTATIONS = ("auto", "native", "plain")
 
 
 def describe(implementation: str, device: torch.device | str) -> str:
-    """One line for the start of a run: which implementation the expert operations will take, and why.
-
-    Raises:
-        UserError: ``native`` is asked for and cannot run.
-    """
+    """One line for the start of a run: which implementation the expert operations will take, and why."""
     if implementation == "plain":
         return "expert kernels: plain PyTorch definition, as asked"
     reason = _why_not_native(torch.device(device))
-    if implementation == "native" and reason is not None:
-        raise _refusal(reason)
     if reason is None:
         return f"expert kernels: native, sparse (CPU, {torch.ops.monet.instruction_set()})"
     return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
@@ -75,7 +69,7 @@ def route(z: Tensor, threshold: Tensor, implementation: str = "auto") -> Gates:
         raise UserError(f"kernels={implementation} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
     reason = None if implementation == "plain" else _why_not_native(z.device)
     if implementation == "native" and reason is not None:
-        raise _refusal(reason)
+        raise UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
     if implementation == "native" or (implementation == "auto" and reason is None and z.dtype == torch.float32):
         return compact.route(z, threshold)
     return DenseGates(plain.gates(z, threshold))
@@ -109,10 +103,6 @@ def store_by_columns(weight: Tensor) -> Tensor:
     otherwise, which is little work for a batch but more than all the rest for a single token.
     """
     return weight.t().contiguous().t()
-
-
-def _refusal(reason: str) -> UserError:
-    return UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
 
 
 def _why_not_native(device: torch.device) -> str | None:
