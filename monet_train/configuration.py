@@ -115,8 +115,9 @@ def explain(error: Exception) -> str:
     if group:
         return f"{group[1]} does not exist; {group[2]} can be {', '.join(group[3].split())}"
     specific = [str(link) for link in links if isinstance(link, ValidationError)] or [str(error)]
-    message = re.sub(r" \(type.*$|'?\$VALUE(_TYPE)?'?( of type)?", "", specific[-1].splitlines()[0]).strip()
-    message = re.sub(r"\s+", " ", message)
+    specific = [text for text in specific if "$VALUE" not in text] or specific  # OmegaConf's template of the message
+    message = re.sub(r" of type '\w+'| \(type.*$|'?\$VALUE(_TYPE)?'?( of type)?", "", specific[-1].splitlines()[0])
+    message = re.sub(r"\s+", " ", message).strip()
     return f"{key}: {message}" if key else message
 
 

@@ -9,6 +9,7 @@ gets its final name only when every rank has written its part; ``checkpoints/lat
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from monet_train.training.loop import Trainer
 
 PREFIX = "step_"
+DESCRIPTION = "trainer.json"  # written last: a folder that has it is complete
+OTHER_CHECKPOINT = "give another one as checkpoint.resume=PATH, or choose another run.dir"
 
 
 class CheckpointFolder:
@@ -77,9 +80,9 @@ class CheckpointFolder:
         state = full_state_dict(trainer.engine.module, trainer.topology, self.zero_stage)
         if is_main:
             self._write_model(partial, state, trainer.engine.module.config)
-            self._write_descriptions(partial, trainer)
-        dist.barrier()
+        dist.barrier()  # every rank has written its part
         if is_main:
+            self._write_description(partial, trainer)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -89,28 +92,25 @@ class CheckpointFolder:
 
     def load(self, trainer: Trainer, checkpoint: Path) -> None:
         """Put ``trainer`` into the state of ``checkpoint``. Every rank calls it."""
-        rank_file = checkpoint / _rank_file()
-        missing = None if rank_file.exists() else UserError(f"{rank_file} is missing; resume from another checkpoint")
-        raise_together(missing)
         error = None
         try:
             loaded, _ = trainer.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
             if loaded is None:
-                error = UserError(f"{checkpoint} cannot be read by DeepSpeed; resume from another checkpoint")
-        except (OSError, RuntimeError, EOFError) as problem:
-            error = UserError(f"{checkpoint} cannot be read ({problem}); resume from another checkpoint")
+                error = UserError(f"{checkpoint} cannot be read by DeepSpeed; {OTHER_CHECKPOINT}")
+            # weights_only=False: our own file, which holds numpy and Python random states
+            state = torch.load(checkpoint / _rank_file(), weights_only=False)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
+            error = UserError(f"{checkpoint} cannot be read ({problem}); {OTHER_CHECKPOINT}")
         raise_together(error)
-        # weights_only=False: our own file, which holds numpy and Python random states
-        state = torch.load(rank_file, weights_only=False)
         set_random_state(state["random"])
         for callback in trainer.callbacks:
             if saved := state["callbacks"].get(type(callback).__name__):
                 callback.load_state_dict(saved)
-        trainer.step = json.loads((checkpoint / "trainer.json").read_text())["step"]
+        trainer.step = _description(checkpoint)["step"]
 
     def check_same_run(self, checkpoint: Path) -> None:
         """Refuse to go on from a checkpoint of another model, data or topology, naming the first difference."""
-        saved = json.loads((checkpoint / "trainer.json").read_text())["identity"]
+        saved = _description(checkpoint)["identity"]
         for part, values in self.identity.items():
             for key in values | saved.get(part, {}):
                 before, now = saved.get(part, {}).get(key), values.get(key)
@@ -132,9 +132,10 @@ class CheckpointFolder:
                 if file.exists():
                     shutil.copy(file, folder / file.name)
 
-    def _write_descriptions(self, folder: Path, trainer: Trainer) -> None:
-        description = {"step": trainer.step, "identity": self.identity}
-        (folder / "trainer.json").write_text(json.dumps(description, indent=2))
+    def _write_description(self, folder: Path, trainer: Trainer) -> None:
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        description = {"step": trainer.step, "identity": self.identity, "files": sizes}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2))
 
     def _delete_old(self, newest: Path) -> None:
         others = [folder for folder in completed(self.path) if folder != newest]
@@ -145,7 +146,19 @@ class CheckpointFolder:
 
 def completed(folder: Path) -> list[Path]:
     """The complete checkpoints of a ``checkpoints`` folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "trainer.json").exists())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / DESCRIPTION).exists())
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Refuse a checkpoint of which a file is missing or truncated, naming the file. Only reads the folder."""
+    for name, size in _description(checkpoint)["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {OTHER_CHECKPOINT}")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"{file} has {file.stat().st_size} bytes instead of {size} (truncated?); {OTHER_CHECKPOINT}"
+            )
 
 
 def find_resume(choice: str, folder: Path) -> Path | None:
@@ -156,7 +169,7 @@ def find_resume(choice: str, folder: Path) -> Path | None:
         found = completed(folder)
         return found[-1] if found else None
     path = Path(choice)
-    if (path / "trainer.json").exists():
+    if (path / DESCRIPTION).exists():
         return path.resolve()
     raise UserError(f"checkpoint.resume={choice} is no checkpoint; give auto, never or a .../checkpoints/step_* folder")
 
@@ -185,6 +198,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _description(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / DESCRIPTION).read_text())
+    except ValueError as error:
+        raise UserError(f"{checkpoint / DESCRIPTION} cannot be read ({error}); {OTHER_CHECKPOINT}") from None
 
 
 def _rank_file() -> str:

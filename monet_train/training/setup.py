@@ -28,7 +28,7 @@ from monet_train.training.callbacks.progress import Progress
 from monet_train.training.callbacks.routers import RouterMonitor
 from monet_train.training.callbacks.stop_signal import StopSignal
 from monet_train.training.callbacks.wandb import Wandb
-from monet_train.training.checkpoint import CheckpointFolder, find_resume
+from monet_train.training.checkpoint import CheckpointFolder, check_complete, find_resume
 from monet_train.training.checks import check_config, total_steps
 from monet_train.training.engine import build_engine
 from monet_train.training.flops import peak_flops, training_flops_per_token
@@ -71,6 +71,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         tokenizer_file=corpus.tokenizer_file,
     )
     _agree(lambda: checkpoints.check_same_run(resume) if resume else None)
+    _agree(lambda: check_complete(resume) if resume and launch.is_main else None)
     lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
@@ -115,15 +116,18 @@ def build_model(config: TrainConfig, topology: Topology, device: torch.device) -
 
 
 def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dict[str, Any]:
-    """What must be the same for a run to go on: the model, the data and their order, and how state is split."""
+    """What must be the same for a run to go on, by key: the model, the data and their order, how state is split."""
+    order = dict(corpus.identity)
     return {
         "model": asdict(config.model),
-        "data": {"fingerprint": corpus.fingerprint} | corpus.identity,
         "train": {
+            "seed": order.pop("seed"),
+            "seq_length": order.pop("seq_length"),
             "global_batch_size": config.train.global_batch_size,
             "micro_batch_size": config.train.micro_batch_size,
             "precision": config.train.precision,
         },
+        "data": {"path": [f"shards {fingerprint[:16]}" for fingerprint in order.pop("shards")]} | order,
         "parallel": {"tensor": topology.tensor_size, "data": topology.data_size},
         "zero": {"stage": config.zero.stage},
     }
