@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from monet_train.model.transformer import MonetForCausalLM
 
 __all__ = ["MonetConfig", "MonetForCausalLM", "load_pretrained", "save_pretrained"]
+
+# Megatron-core warns at import that optional GPU packages are absent; nothing here uses them.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 _HOMES = {
     "MonetConfig": "monet_train.model.config",

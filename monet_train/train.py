@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from monet_train.config import TrainConfig
 from monet_train.configuration import hydra_main
 from monet_train.parallel.launch import Launch, read_launch
@@ -17,7 +15,6 @@ def main() -> None:
 
 def train(config: TrainConfig, launch: Launch) -> None:
     """Run a training described by ``config`` as process ``launch``, to its end or to a stop signal."""
-    warnings.filterwarnings("ignore", module="megatron|deepspeed")
     from monet_train.training.setup import build_trainer
 
     with build_trainer(config, launch) as trainer:

@@ -138,6 +138,7 @@ def split_model(model: MonetForCausalLM, group: dist.ProcessGroup) -> None:
         attention.o_proj = row(d, d)
         _split_experts(layer.moe, model.config.moe_experts, group)
 
+
 def mark_split_parameters(model: MonetForCausalLM) -> None:
     """Mark the parameters of a split model as Megatron does.
 

@@ -73,7 +73,7 @@ def _clip_in_double(engine: Any, topology: Topology) -> None:
         squares = torch.zeros((), dtype=torch.float64, device=engine.device)
         for parameter, gradient in gradients:
             if topology.tensor_rank == 0 or is_model_parallel_parameter(parameter):
-                squares += gradient.double().square().sum()
+                squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         torch.distributed.all_reduce(squares, group=topology.tensor_group)
         norm = squares.sqrt()
         scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0).float()

@@ -25,9 +25,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},
     ]
-    on_gpu = next(model.parameters()).is_cuda
     betas = (config.betas[0], config.betas[1])
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=on_gpu)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, peak: float, total: int, schedule: ScheduleConfig) -> float:
