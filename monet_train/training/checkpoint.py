@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PREFIX = "step_"
 DESCRIPTION = "trainer.json"  # written last: a folder that has it is complete
-OTHER_CHECKPOINT = "give another one as checkpoint.resume=PATH, or choose another run.dir"
+OTHER_CHECKPOINT = "move this checkpoint away to go on from the one before, or choose another run.dir"
 
 
 class CheckpointFolder:
@@ -162,16 +162,25 @@ def check_complete(checkpoint: Path) -> None:
 
 
 def find_resume(choice: str, folder: Path) -> Path | None:
-    """The checkpoint that ``checkpoint.resume`` means: the newest of ``folder`` (auto), none (never), or a path."""
+    """The checkpoint that ``checkpoint.resume`` means: the newest of ``folder`` (auto), none (never), or a path.
+
+    A path elsewhere starts the run. Once the run has checkpoints of its own they are newer, and a requeued job, whose
+    command still names the path, goes on from them.
+    """
     if choice == "never":
         return None
+    own = completed(folder)
+    newest = own[-1].resolve() if own else None
     if choice == "auto":
-        found = completed(folder)
-        return found[-1] if found else None
-    path = Path(choice)
-    if (path / DESCRIPTION).exists():
-        return path.resolve()
-    raise UserError(f"checkpoint.resume={choice} is no checkpoint; give auto, never or a .../checkpoints/step_* folder")
+        return newest
+    path = Path(choice).resolve()
+    if not (path / DESCRIPTION).exists():
+        raise UserError(
+            f"checkpoint.resume={choice} is no checkpoint; give auto, never or a .../checkpoints/step_* folder"
+        )
+    if path.parent == folder.resolve() and path != newest:
+        raise UserError(f"checkpoint.resume={choice} is older than {newest}; move the newer ones away first")
+    return newest or path
 
 
 def write_atomically(path: Path, text: str) -> None:

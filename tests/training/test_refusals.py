@@ -157,8 +157,11 @@ def test_damaged_checkpoint(name: str, damage: str, trained: Path, shards: Path,
     else:
         os.truncate(checkpoint / name, (checkpoint / name).stat().st_size // 2)
     message = refusal([*overrides(tmp_path / "run", shards), f"checkpoint.resume={checkpoint}"])
-    assert str(checkpoint / name) in message or (name, damage) == ("trainer.json", "missing")
-    assert "checkpoint.resume=" in message
+    if (name, damage) == ("trainer.json", "missing"):
+        assert f"checkpoint.resume={checkpoint} is no checkpoint" in message
+    else:
+        assert str(checkpoint / name) in message
+        assert "move this checkpoint away" in message
     assert not (tmp_path / "run").exists()
 
 
