@@ -146,6 +146,9 @@ def _add_sources(parser: Parser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to read; see below")
     parser.add_argument("--text-field", metavar="NAME", help="field with the text in jsonl, parquet and hf (text)")
     parser.add_argument(
+        "--id-field", metavar="NAME", help="field with a document's id; one that stands twice is refused"
+    )
+    parser.add_argument(
         "--label", type=label, action="append", metavar="LABEL=VALUE", help="give every document a label"
     )
     parser.add_argument(
@@ -162,6 +165,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the source arguments describe."""
     options: dict[str, Any] = {
         "text": arguments.text_field,
+        "id": arguments.id_field,
         "labels": dict(arguments.label) if arguments.label else None,
         "where": {name: values.split(",") for name, values in arguments.where} if arguments.where else None,
         "min_chars": arguments.min_chars,

@@ -29,6 +29,7 @@ class Document(NamedTuple):
     text: str
     size: int  # bytes of UTF-8
     labels: tuple[str | None, ...]
+    id: str | None
 
 
 class Reject(NamedTuple):
@@ -80,9 +81,12 @@ def parse(chunk: Chunk) -> Parsed:
     elif isinstance(chunk.payload, bytes):
         plain = chunk.part.kind == "txt"
         for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first):
-            if line.strip():
-                record = {source.text: line} if plain else _json(line)
-                _add_record(parsed, source, record, chunk.part.path, number)
+            if not line.strip():
+                continue
+            if plain:
+                _add(parsed, source, line, chunk.part.path, number, {})
+            else:
+                _add_record(parsed, source, _json(line), chunk.part.path, number)
     else:
         for number, record in enumerate(chunk.payload, chunk.first):
             _add_record(parsed, source, record, chunk.part.path, number)
@@ -93,13 +97,19 @@ def _add_record(parsed: Parsed, source: Source, record: Any, file: str, line: in
     if isinstance(record, dict):
         found = {label: record.get(name) for label, name in source.fields.items()}
         labels = {label: str(value) for label, value in found.items() if value is not None}
-        _add(parsed, source, record.get(source.text, KeyError(source.text)), file, line, labels)
+        text, name = record.get(source.text, KeyError(source.text)), None
+        if source.id:
+            name = record.get(source.id)
+            text = KeyError(source.id) if name is None else text
+        _add(parsed, source, text, file, line, labels, None if name is None else str(name))
     else:
         reason = record if isinstance(record, str) else f"a record is a {type(record).__name__}, not an object"
         parsed.rejects.append(Reject(file, line, reason))
 
 
-def _add(parsed: Parsed, source: Source, text: Any, file: str, line: int, labels: dict[str, str]) -> None:
+def _add(
+    parsed: Parsed, source: Source, text: Any, file: str, line: int, labels: dict[str, str], name: str | None = None
+) -> None:
     """Add a document, or say why not. ``text``: str, bytes, or the exception that stands for it."""
     reason, size = None, None
     if isinstance(text, bytes):
@@ -131,7 +141,7 @@ def _add(parsed: Parsed, source: Source, text: Any, file: str, line: int, labels
     if len(text) < source.min_chars or (source.max_chars is not None and len(text) > source.max_chars):
         parsed.filtered["length"] = parsed.filtered.get("length", 0) + 1
         return
-    parsed.documents.append(Document(text, size or 0, tuple([labels.get(label) for label in LABELS])))
+    parsed.documents.append(Document(text, size or 0, tuple([labels.get(label) for label in LABELS]), name))
 
 
 def _utf8_bytes(text: str) -> int | None:
@@ -228,17 +238,17 @@ def _read_parquet(part: Part) -> Iterator[Chunk]:
     import pyarrow
     import pyarrow.parquet
 
-    wanted = {part.source.text, *part.source.fields.values()}
     with open_source(part.path) as stream:
         try:
             # Parquet is read from its end: a compressed file has to be unpacked in memory first.
             file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if _packed(part.path) else stream)
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            if part.source.text not in columns:
-                raise UserError(
-                    f"source {part.path} has no column {part.source.text!r}: choose with --text-field from "
-                    f"{', '.join(file.schema_arrow.names)}"
-                )
+            columns = [name for name in file.schema_arrow.names if name in part.source.columns]
+            for option, name in (("--text-field", part.source.text), ("--id-field", part.source.id)):
+                if name and name not in columns:
+                    raise UserError(
+                        f"source {part.path} has no column {name!r}: choose with {option} from "
+                        f"{', '.join(file.schema_arrow.names)}"
+                    )
             rows, total = 1, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
                 yield Chunk(part, rows, batch.to_pylist(), part.size * batch.num_rows // total)
@@ -255,7 +265,7 @@ def _read_hub(part: Part) -> Iterator[Chunk]:
     stream = open_hub(part.source).shard(num_shards=part.streams, index=part.stream)
     rows: list[dict[str, Any]] = []
     first = 1
-    wanted = {part.source.text, *part.source.fields.values()}
+    wanted = part.source.columns
     for record in stream:
         rows.append({key: value for key, value in record.items() if key in wanted})
         if len(rows) == ROWS_PER_CHUNK:

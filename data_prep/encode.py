@@ -31,6 +31,7 @@ class Encoded(NamedTuple):
     lengths: np.ndarray  # int32 [documents]
     text_bytes: np.ndarray  # int64 [documents], UTF-8
     labels: list[list[str | None]]  # a list for each of LABELS
+    ids: list[str | None]  # None where the source has no field for them
     rejects: list[Reject]
     filtered: dict[str, int]
 
@@ -44,6 +45,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         lengths=lengths,
         text_bytes=np.array([document.size for document in parsed.documents], dtype=np.int64),
         labels=[[document.labels[i] for document in parsed.documents] for i in range(len(LABELS))],
+        ids=[document.id for document in parsed.documents],
         rejects=parsed.rejects,
         filtered=parsed.filtered,
     )

@@ -81,9 +81,10 @@ class Journal:
 def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> UserError:
     """The one line for a folder that belongs to another corpus; names what differs."""
     differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    changed = ", because source files were added, removed or changed since" * ("files" in differing)
     return UserError(
-        f"{folder} belongs to another corpus (differs in: {', '.join(differing)}): choose another --out, or remove "
-        "the folder"
+        f"{folder} belongs to another corpus (differs in: {', '.join(differing)}{changed}): "
+        f"choose another --out, or delete it (rm -r {folder}) and run the command again"
     )
 
 

@@ -25,6 +25,7 @@ class Source:
 
     source: str
     text: str = "text"  # the field that holds the text (jsonl, parquet, hf)
+    id: str | None = None  # the field that names a document (jsonl, parquet, hf): a name that stands twice is refused
     fields: dict[str, str] = field(default_factory=lambda: {name: name for name in LABELS})  # label -> field
     labels: dict[str, str] = field(default_factory=dict)  # label -> value for every document
     where: dict[str, list[str]] = field(default_factory=dict)  # label -> the values to keep
@@ -34,6 +35,11 @@ class Source:
     config: str | None = None  # hf: the configuration's name
     split: str = "train"  # hf
     revision: str | None = None  # hf
+
+    @property
+    def columns(self) -> set[str]:
+        """The fields of a record that are read."""
+        return {self.text, *self.fields.values(), *([self.id] if self.id else [])}
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class ShardWriter:
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
         self._labels: list[list[str | None]] = [[] for _ in LABELS]
+        self._ids: list[str | None] = []
         self._dtype = dtype
         self._bin = self._temporary("bin").open("wb")
 
@@ -50,6 +51,7 @@ class ShardWriter:
         self._bytes.append(encoded.text_bytes[begin:end])
         for column, values in zip(self._labels, encoded.labels, strict=True):
             column += values[begin:end]
+        self._ids += encoded.ids[begin:end]
         self.documents += end - begin
         self.tokens += int(lengths.sum(dtype=np.int64))
         self.text_bytes += int(encoded.text_bytes[begin:end].sum())
@@ -96,6 +98,8 @@ class ShardWriter:
             for column, values in zip(LABELS, self._labels, strict=True)
         }
         table = pyarrow.table({**columns, "bytes": pyarrow.array(sizes)})
+        if any(name is not None for name in self._ids):
+            table = table.append_column("id", pyarrow.array(self._ids, pyarrow.string()))
         pyarrow.parquet.write_table(table, self._temporary("labels.parquet"), compression="zstd")
         return {column: _count(values, lengths, sizes) for column, values in columns.items()}
 

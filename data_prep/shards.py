@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.files import write_whole
+from data_prep.ids import find_duplicates
 from data_prep.journal import Journal, exclusive, other_recipe
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
@@ -16,7 +17,7 @@ from data_prep.shard_writer import disk_error
 from data_prep.sources import list_parts
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
-from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position
+from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
 from monet_train.errors import UserError
 
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
@@ -110,6 +111,11 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
             f"the sources hold no document ({sum(rejected.values())} bad, {sum(filtered.values())} filtered): check "
             "the paths, --text-field and the filters"
         )
+    if duplicates := find_duplicates(folder, shards):
+        raise UserError(
+            f"{duplicates}: remove the repeated ones from the sources, delete {folder} and prepare it again (or leave "
+            "out --id-field)"
+        )
     manifest = Manifest(
         tokenizer=tokenizer.record,
         dtype=np.dtype(token_dtype(tokenizer.record.vocabulary_size)).name,
@@ -128,19 +134,27 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
 
 
 def _rebuild(plan: Plan, folder: Path, manifest: Manifest) -> None:
-    """Make shards of the manifest whose files are gone again (those of this task); they must come out as they were."""
+    """Make this task's shards of the manifest again whose files are gone or cut short; they must come out as before."""
     mine = plan.range_of(plan.options.task)
     shards = [shard for shard in manifest.shards if shard.start.part in mine]
     for number, shard in enumerate(shards):
-        if all((folder / f"{shard.name}.{suffix}").exists() for suffix in shard.files):
+        if _stands(folder, shard):
             continue
         begin = Begin.after(shards[:number], shard.start)._replace(position=shard.start)
         made = next(make_shards(plan, folder, begin, mine.stop, None, shard.end)).shard
         if made != shard:
+            for suffix in made.files:
+                (folder / f"{shard.name}.{suffix}").unlink()
             raise UserError(
-                f"{folder / shard.name}.bin came out differently from what {MANIFEST_NAME} says: the source has "
-                "changed; prepare the whole corpus again into another --out"
+                f"{folder / shard.name}.bin came out differently from what {MANIFEST_NAME} says and was removed: the "
+                "source has changed; prepare the whole corpus again into another --out"
             )
+
+
+def _stands(folder: Path, shard: ShardRecord) -> bool:
+    """Whether all files of a shard are there in full length; what is in them is the business of ``verify``."""
+    files = {folder / f"{shard.name}.{suffix}": record.bytes for suffix, record in shard.files.items()}
+    return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
 
 def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:

@@ -68,7 +68,10 @@ def _existing_report(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     path = folder / REPORT_NAME
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if report.get("asked") != asked:
-        raise UserError(f"{folder} has another tokenizer: choose another --out, or remove the folder")
+        raise UserError(
+            f"{folder} has another tokenizer (other options, or source files that changed since): choose another "
+            f"--out, or delete it (rm -r {folder}) and run the command again"
+        )
     return report
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.files import sha256_file
+from data_prep.ids import find_duplicates
 from monet_train.data.index_file import read_index, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
@@ -38,6 +39,8 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
                     "`monet-data shards` command again"
                 )
             progress.update(record.files["bin"].bytes)
+    if not problems and (duplicates := find_duplicates(folder, manifest.shards)):
+        problems.append(f"{folder}: {duplicates}: remove one from the sources and prepare the corpus again")
     return manifest, problems
 
 

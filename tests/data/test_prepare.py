@@ -22,6 +22,7 @@ import pytest
 
 import data_prep.documents
 import data_prep.encode
+import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
@@ -102,7 +103,9 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
     for group in (texts[:10], texts[10:]):  # two chunks, of which the last is cut
         unlabelled: list[str | None] = [None] * len(group)
         lengths = np.array([len(tokens) for tokens in group], dtype=np.int32)
-        encoded = Encoded(np.concatenate(group), lengths, lengths.astype(np.int64), [unlabelled] * len(LABELS), [], {})
+        encoded = Encoded(
+            np.concatenate(group), lengths, lengths.astype(np.int64), [unlabelled] * len(LABELS), unlabelled, [], {}
+        )
         writer.add(encoded, 0, len(group) // 2, Position(0, 0, len(group) // 2))
         writer.add(encoded, len(group) // 2, len(group), Position(0, 1, 0))
     writer.finish()
@@ -279,9 +282,7 @@ def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Pat
     (out / "shard-00002.bin").write_bytes(b"broken")
     _, problems = verify(out)
     assert len(problems) == 1 and "shard-00002.bin has 6 bytes" in problems[0] and "rebuild it alone" in problems[0]
-    for path in out.glob("shard-00002.*"):
-        path.unlink()
-    prepare(out)
+    prepare(out)  # a file cut short is as good as none
     assert contents(out) == contents(shards)
     changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
     assert changed == {f"shard-00002.{suffix}" for suffix in ("bin", "idx", "labels.parquet")}
@@ -489,6 +490,42 @@ def test_a_changed_source_does_not_continue_another_corpus(
         stream.write('{"text": "one more"}\n')
     status, _, err = data(*arguments)
     assert status == 2 and "differs in: files" in err
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_document_id_that_stands_twice_is_refused(
+    tasks: int, data, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_prep.ids, "AT_ONCE", 50)  # several passes
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a text without a name")
+
+    def write(last: int) -> None:
+        for part, names in enumerate(([*range(150)], [*range(150, 299), last])):
+            lines = [json.dumps({"text": text_of(i), "key": f"d{name}"}) + "\n" for i, name in enumerate(names)]
+            (tmp_path / f"part-{part}.jsonl").write_text("".join(lines))
+
+    def run(out: Path) -> tuple[int, str, str]:
+        arguments = ("shards", tmp_path / "part-*.jsonl", plain, "--id-field", "key", "--tokenizer", tokenizer.path,
+                     "--tokens-per-shard", 4000, "--workers", 1, "--out", out)  # fmt: skip
+        if tasks == 1:
+            return data(*arguments)
+        assert all(data(*arguments, "--task", task, "--tasks", tasks)[0] == 0 for task in range(tasks))
+        return data("merge", out)
+
+    write(299)
+    assert run(tmp_path / "good")[0] == 0 and verify(tmp_path / "good")[1] == []
+    assert Manifest.read(tmp_path / "good").documents == 301
+    write(5)
+    for _ in range(2):  # the same command again does not let it pass
+        status, _, err = run(tmp_path / "bad")
+        assert status == 2 and err.count("\n") == 1 and not (tmp_path / "bad" / "manifest.json").exists()
+        assert "document id 'd5' stands twice, in shard-" in err and "document 5 and shard-" in err
+
+
+def test_a_document_without_the_id_is_bad(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path, "--workers", 1)
+    assert "no field 'key'" in data(*arguments, "--id-field", "key")[2]
 
 
 def test_a_killed_worker_is_one_line(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:

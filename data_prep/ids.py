@@ -1,0 +1,75 @@
+"""Does a document id stand twice? Asked before the manifest, in memory that does not grow with the corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from monet_train.data.manifest import ShardRecord
+
+AT_ONCE = 1 << 24  # hashes held at once; more documents take more passes over the labels
+LOOKED_UP = 1000  # repeated hashes of a pass whose ids are compared as text
+
+
+class Duplicates(NamedTuple):
+    """How many documents repeat an id, and the first of them that was found."""
+
+    repeats: int
+    id: str
+    places: tuple[str, str]  # "shard-00000 document 12"
+
+    def __str__(self) -> str:
+        """Half a line for an error."""
+        more = f" ({self.repeats:,} documents repeat an id)" if self.repeats > 1 else ""
+        return f"document id {self.id!r} stands twice, in {' and '.join(self.places)}{more}"
+
+
+def find_duplicates(folder: Path, shards: list[ShardRecord]) -> Duplicates | None:
+    """Compare the ids of all documents of some shards; those that were prepared without ids do not count."""
+    passes = 1 + sum(shard.documents for shard in shards) // AT_ONCE
+    repeats, first = 0, None
+    for number in range(passes):
+        mine = [named.hashes[named.hashes % passes == number] for named in _named(folder, shards)]
+        hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *mine]))
+        repeated = hashes[1:][hashes[1:] == hashes[:-1]]
+        if len(repeated):
+            first = first or _look_up(folder, shards, repeated[:LOOKED_UP])
+            repeats += len(repeated)
+    return first and first._replace(repeats=repeats)
+
+
+def _look_up(folder: Path, shards: list[ShardRecord], hashes: np.ndarray) -> Duplicates | None:
+    """The first id among those with these hashes that does stand twice: two ids can have one hash."""
+    seen: dict[str, str] = {}
+    for named in _named(folder, shards):
+        for number in np.flatnonzero(np.isin(named.hashes, hashes)).tolist():
+            name, place = named.ids[number], f"{named.shard} document {named.documents[number]}"
+            if name in seen:
+                return Duplicates(1, name, (seen[name], place))
+            seen[name] = place
+    return None
+
+
+class _Named(NamedTuple):
+    """The documents of a shard that have an id."""
+
+    shard: str
+    documents: list[int]
+    ids: list[str]
+    hashes: np.ndarray  # uint64, of this process only
+
+
+def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
+    import pyarrow.parquet
+
+    for shard in shards:
+        with pyarrow.parquet.ParquetFile(folder / f"{shard.name}.labels.parquet") as file:
+            if "id" not in file.schema_arrow.names:
+                continue
+            column = file.read(columns=["id"])["id"].to_pylist()
+        documents = [number for number, name in enumerate(column) if name is not None]
+        ids = [column[number] for number in documents]
+        yield _Named(shard.name, documents, ids, np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64))
