@@ -47,3 +47,20 @@ def test_losses_agree(form: str, grid: Topologies, shards: Path, tmp_path: Path)
         assert first == pytest.approx(reference[0]["grad_norm"], rel=1e-5), topology
         evaluated = [r["eval_loss"] for r in records(run, "eval_loss")]
         assert evaluated == pytest.approx([r["eval_loss"] for r in held_out], rel=1e-5), topology
+
+
+@pytest.mark.distributed
+def test_bf16_agrees_in_every_zero_stage(shards: Path, tmp_path: Path) -> None:
+    """DeepSpeed has a wrapper of its own for each stage; with two micro-steps, stages 0 and 1 sum in bf16."""
+    runs = [
+        [
+            *TINY, f"data.path={shards}", f"run.dir={tmp_path}/{stage}", f"zero.stage={stage}", "train.precision=bf16",
+            "train.max_steps=6", "optimizer.lr=1e-2",
+        ]
+        for stage in (0, 1, 2, 3)
+    ]  # fmt: skip
+    train_in_turn(runs, 1, tmp_path)
+    expected = [r["loss"] for r in records(tmp_path / "1")]
+    for stage in (0, 2, 3):
+        losses = [r["loss"] for r in records(tmp_path / str(stage))]
+        assert losses == pytest.approx(expected, rel=1e-4), stage
