@@ -86,7 +86,7 @@ def instruction_set(source: str) -> list[str]:
 def native_extension() -> Extension:
     """The extension: the binding, the kernels of each device, and the headers that a source archive must carry."""
     kernels = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
-    headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    headers = sorted(str(path) for suffix in ("*.h", "*.inl") for path in Path("csrc").rglob(suffix))
     return Extension("monet_train.kernels._C", [BINDING, *kernels], depends=headers, optional=True)
 
 

@@ -69,14 +69,16 @@ class TokenSide {
   // room: for as many gates as a token can have, [experts * heads].
   TokenSide(const Side<C>& side, int64_t token, U units, Active<C>* room)
       : units_(units), side_(side), first_(side.pairs.row_pair + side.pairs.row_start[token]),
-        last_(side.pairs.row_pair + side.pairs.row_start[token + 1]), active_(room), active_end_(room) {
+        last_(side.pairs.row_pair + side.pairs.row_start[token + 1]), active_(room) {
     // Without a branch that would be mispredicted at every active gate.
+    const int64_t heads = side.heads;
     for (const int32_t* pair = first_; pair != last_; ++pair)
-      for (int64_t h = 0; h < side.heads; ++h) {
-        const C gate = side.gates[*pair * side.heads + h];
-        *active_end_ = {*pair, static_cast<int32_t>(h), gate};
-        active_end_ += gate != 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        const C gate = side.gates[*pair * heads + h];
+        *room = {*pair, static_cast<int32_t>(h), gate};
+        room += gate != 0;
       }
+    active_end_ = room;
   }
 
   void activate(const C* s, C* a) const {
@@ -135,7 +137,7 @@ class TokenSide {
   U units_;
   const Side<C>& side_;
   const int32_t *first_, *last_;
-  Active<C> *active_, *active_end_;
+  const Active<C> *active_, *active_end_;
 };
 
 // What a task needs beside its tokens: `count` sums by head, and room for the active gates of both sides.
