@@ -1,0 +1,80 @@
+"""What comes out of a run is one whole model, whatever the run was split over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from monet_train import load_pretrained
+from monet_train.interop.export import main as monet_export
+from tests.training.conftest import TINY, train_in_turn, weights
+
+STEPS = 5
+SPLITS = {
+    "tensor": ["parallel.tensor=2", "zero.stage=1", "train.micro_batch_size=4"],
+    "zero3": ["zero.stage=3", "train.micro_batch_size=2"],
+}
+IDS = torch.randint(512, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run in one process (``whole``) and on two ranks, split as in ``SPLITS``."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = [*TINY, f"data.path={shards}", f"train.max_steps={STEPS}", "schedule.warmup_steps=1"]
+    train_in_turn([[*base, f"run.dir={folder}/whole"]], 1, folder)
+    train_in_turn([[*base, *split, f"run.dir={folder}/{name}"] for name, split in SPLITS.items()], 2, folder)
+    return folder
+
+
+@pytest.fixture
+def export(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """``monet-export`` of the run of that name."""
+
+    def command(name: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["monet-export", str(runs / name), str(tmp_path / name)])
+        monet_export()
+        return tmp_path / name
+
+    return command
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SPLITS)
+def test_run_and_export_are_one_model(name: str, runs: Path, export: Callable[[str], Path]) -> None:
+    of_run, of_export = load_pretrained(runs / name), load_pretrained(export(name))
+    assert torch.equal(logits(of_run), logits(of_export))
+    ours, theirs = of_run.state_dict(), of_export.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SPLITS)
+def test_split_runs_agree_with_the_whole_one(name: str, runs: Path, export: Callable[[str], Path]) -> None:
+    torch.testing.assert_close(
+        logits(load_pretrained(export(name))), logits(load_pretrained(runs / "whole")), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SPLITS)
+def test_router_statistics_survive(name: str, runs: Path) -> None:
+    whole, split = weights(runs / "whole"), weights(runs / name)
+    assert whole.keys() == split.keys()
+    statistics = [key for key in whole if ".router.norm" in key]
+    assert len(statistics) == 2 * 2 * 3  # routers, sides, buffers
+    for key in statistics:
+        torch.testing.assert_close(split[key], whole[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    # two micro-steps a step, each counted once
+    assert [split[key].item() for key in statistics if key.endswith("tracked")] == [2 * STEPS] * 4
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
