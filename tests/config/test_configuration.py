@@ -1,0 +1,136 @@
+"""The configuration: what the model sizes compose to, what the command prints, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from monet_train.config import ScheduleConfig, TrainConfig
+from monet_train.configuration import compose
+from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.launch import Launch
+from monet_train.training.checks import check_config, total_steps
+from monet_train.training.flops import forward_flops_per_token, training_flops_per_token
+from monet_train.training.optimizer import learning_rate
+from tests.conftest import REPOSITORY
+
+PAPER_TOKENS = 2**21
+SIZES = {  # layers, d, heads, m, H, parameters: the design's table
+    "850m": (24, 1536, 12, 12, 6, 0.855e9),
+    "1.4b": (24, 2048, 16, 16, 8, 1.47e9),
+    "4.1b": (32, 3072, 24, 24, 12, 4.17e9),
+}
+
+
+def composed(*overrides: str) -> TrainConfig:
+    return compose(["data.path=shards", *overrides])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_published_sizes(size: str) -> None:
+    config = composed(f"model={size}")
+    layers, d, heads, m, routing_heads, parameters = SIZES[size]
+    model = config.model
+    assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads) == (layers, d, heads)
+    assert (model.moe_dim, model.moe_heads) == (m, routing_heads)
+    assert (model.moe_experts, model.moe_topk, model.moe_groups, model.vocab_size) == (512, 8, 4, 32000)
+    assert model.moe_decompose == "vertical"
+    with torch.device("meta"):
+        built = MonetForCausalLM(model)
+    assert sum(p.numel() for p in built.parameters()) == pytest.approx(parameters, rel=0.01)
+
+    assert (config.train.precision, config.train.seq_length, config.optimizer.lr) == ("bf16", 2048, 5e-4)
+    assert config.train.global_batch_size * config.train.seq_length == PAPER_TOKENS
+    assert total_steps(config) == 100_000_000_000 // PAPER_TOKENS
+    assert config.run.dir == f"runs/monet-{size}"
+    check_config(config, Launch(rank=0, world_size=16, local_rank=0))
+
+
+def test_nano_is_the_default_and_small() -> None:
+    config = composed()
+    assert config == composed("model=nano")
+    assert (config.model.moe_experts, config.train.precision, config.run.dir) == (256, "fp32", "runs/nano")
+    with torch.device("meta"):
+        assert sum(p.numel() for p in MonetForCausalLM(config.model).parameters()) < 10e6
+    check_config(config, Launch(rank=0, world_size=1, local_rank=0))
+
+
+def test_defaults_of_every_run() -> None:
+    config = composed("model=850m")
+    assert tuple(config.optimizer.betas) == (0.9, 0.95)
+    assert (config.optimizer.weight_decay, config.optimizer.clip, config.schedule.final) == (0.1, 1.0, 0.1)
+    assert (config.train.uniformity_weight, config.train.ambiguity_weight) == (1e-3, 1e-3)
+    assert (config.zero.stage, config.parallel.tensor, config.parallel.sequence) == (2, 1, False)
+    assert (config.logging.wandb.mode, config.checkpoint.resume, config.train.device) == ("offline", "auto", "auto")
+
+
+def test_the_command_line_has_the_last_word() -> None:
+    config = composed("experiment=quickstart", "train.max_steps=7")
+    assert (config.run.name, config.train.max_steps, config.eval.every) == ("quickstart", 7, 100)
+    for choice in ("zero=stage3", "zero.stage=3"):  # the model size chooses another
+        assert composed("model=1.4b", choice).zero.stage == 3
+
+
+@pytest.mark.parametrize(("groups", "teraflop"), [(4, 6745.30), (1, 8017.81)])
+def test_work_is_the_papers(groups: int, teraflop: float) -> None:
+    config = composed("model=1.4b", f"model.moe_groups={groups}")
+    forward = forward_flops_per_token(config.model, 2048)
+    assert forward * PAPER_TOKENS / 1e12 == pytest.approx(teraflop, rel=0.02)
+    assert training_flops_per_token(config.model, 2048) == 3 * forward
+    horizontal = replace(config.model, moe_decompose="horizontal")
+    assert forward_flops_per_token(horizontal, 2048) == pytest.approx(forward, rel=0.02)
+
+
+def test_learning_rate() -> None:
+    schedule = ScheduleConfig(warmup_steps=10, final=0.1)
+
+    def rate(step: int) -> float:
+        return learning_rate(step, peak=2.0, total=110, schedule=schedule)
+
+    assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])  # the first step is not wasted at 0
+    assert rate(10) == pytest.approx(2.0)
+    assert rate(60) == pytest.approx(1.1)  # half-way between peak and a tenth of it
+    assert rate(35) == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate(110) == rate(1000) == pytest.approx(0.2)
+    assert all(rate(step) > rate(step + 1) for step in range(10, 110))
+    assert learning_rate(0, peak=2.0, total=5, schedule=ScheduleConfig(warmup_steps=0)) == 2.0
+
+
+def test_steps_follow_from_tokens() -> None:
+    assert total_steps(composed("train.max_steps=null", "train.max_tokens=20480")) == 20480 // (8 * 256)
+    assert total_steps(composed("train.max_steps=3", "train.max_tokens=20480")) == 3
+    assert total_steps(composed("train.max_steps=300", "train.max_tokens=20480")) == 10
+
+
+def test_the_command_shows_its_configuration() -> None:
+    done = command("--cfg", "job", "model=1.4b", "train.seed=7")
+    shown = OmegaConf.create(done.stdout)
+    assert shown.model.hidden_size == 2048
+    assert shown.train.seed == 7
+    assert OmegaConf.is_missing(shown.data, "path")
+
+
+def test_the_command_helps() -> None:
+    text = command("--help").stdout
+    for useful in ("monet-train [key=value ...]", "torchrun", "sbatch slurm/train_850m.sh", "model: 1.4b, 4.1b, 850m"):
+        assert useful in text
+    for key in ("global_batch_size: 8", "stage: 1", "mode: offline", "resume: auto"):
+        assert key in text
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """``monet-train`` with these arguments; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "monet_train.train", *arguments],
+        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
