@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -105,6 +105,9 @@ def explain(error: Exception) -> str:
     while (below := links[-1].__cause__ or links[-1].__context__) is not None:
         links.append(below)
     text = "\n".join(map(str, links))
+    unreadable = next((link.override for link in links if isinstance(link, OverrideParseException)), None)
+    if unreadable:
+        return f"{unreadable} cannot be read: write key=value, with quotes around special characters in the value"
     overridden = re.search(r"Could not (?:override|append) '([^']+)'|append to config.*?'([^']+)'", text)
     full_key = re.search(r"full_key: (\S+)", text)
     key = (overridden and (overridden[1] or overridden[2])) or (full_key and full_key[1])

@@ -34,7 +34,8 @@ def uniformity(g1: Tensor, g2: Tensor) -> Tensor:
 
 def ambiguity(g1: Tensor, g2: Tensor) -> Tensor:
     """1/(2H) sum_h ((1 - max_i g1_hi) + (1 - max_j g2_hj)), averaged over the tokens."""
-    return sum((1 - g.amax(-1)).sum(-1) for g in (g1, g2)).mean() / (2 * g1.shape[1])
+    doubt = (1 - g1.amax(-1)) + (1 - g2.amax(-1))
+    return doubt.sum(-1).mean() / (2 * g1.shape[1])
 
 
 def reported(g1: Tensor, g2: Tensor, ranks: int = 1) -> tuple[Tensor, Tensor]:

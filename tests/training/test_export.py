@@ -69,8 +69,9 @@ def test_router_statistics_survive(name: str, runs: Path) -> None:
     assert whole.keys() == split.keys()
     statistics = [key for key in whole if ".router.norm" in key]
     assert len(statistics) == 2 * 2 * 3  # routers, sides, buffers
-    for key in statistics:
-        torch.testing.assert_close(split[key], whole[key], rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    torch.testing.assert_close(
+        {key: split[key] for key in statistics}, {key: whole[key] for key in statistics}, rtol=1e-5, atol=1e-6
+    )
     # two micro-steps a step, each counted once
     assert [split[key].item() for key in statistics if key.endswith("tracked")] == [2 * STEPS] * 4
 

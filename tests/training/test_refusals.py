@@ -48,6 +48,8 @@ def overrides(run: Path, shards: Path) -> list[str]:
 BAD_CONFIGURATIONS = {
     "misspelt key": ("train.max_step=5", "train.max_step", "did you mean train.max_steps?"),
     "misspelt section": ("trian.max_steps=5", "trian.max_steps", "did you mean train.max_steps?"),
+    "no value": ("train.max_steps", "train.max_steps cannot be read", "key=value"),
+    "open bracket": ("optimizer.betas=[0.9", "optimizer.betas=[0.9 cannot be read", "quotes"),
     "bad type": ("train.max_steps=many", "train.max_steps", "many"),
     "model size that is not there": ("model=2b", "model/2b", "850m"),
     "group option that is not there": ("zero=stage9", "zero/stage9", "stage3"),
@@ -182,9 +184,8 @@ def test_folder_that_another_training_holds(trained: Path, shards: Path) -> None
     assert contents(trained) == before
 
 
-@pytest.mark.parametrize("case", ["misspelt key", "tensor size that does not divide"])
-def test_command_refuses_configuration(case: str, shards: Path, tmp_path: Path) -> None:
-    bad, *fragments = BAD_CONFIGURATIONS[case]
+def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
+    bad, *fragments = BAD_CONFIGURATIONS["misspelt key"]
     done = train([*overrides(tmp_path / "run", shards), bad], check=False)
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = error_lines(done.stderr)
