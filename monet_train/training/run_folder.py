@@ -19,6 +19,8 @@ from monet_train.config import TrainConfig
 from monet_train.errors import UserError
 from monet_train.training.checkpoint import completed, write_atomically
 
+LOCK = ".lock"
+DATA_CACHE = "data_cache"  # index cache of the shards, where their own folder cannot be written
 PACKAGES = ("monet-train", "torch", "deepspeed", "megatron-core", "transformers", "datasets", "sentencepiece", "wandb")
 
 
@@ -30,7 +32,8 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
     if not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.dir")
     if not config_file.exists():
-        if any(path.name != ".lock" for path in folder.iterdir()):
+        # a run that ended before it was described leaves these
+        if any(path.name not in (LOCK, DATA_CACHE) for path in folder.iterdir()):
             raise UserError(f"run.dir={folder} holds files that are no run; choose an empty or new folder")
         return
     owner = OmegaConf.select(OmegaConf.load(config_file), "run.name")
@@ -47,7 +50,7 @@ def lock_run_folder(folder: Path) -> IO[str]:
     """Create the folder and hold its lock until the returned file is closed. For the main rank."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         raise UserError(f"run.dir={folder} cannot be written ({error.strerror}); choose another run.dir") from None
     try:

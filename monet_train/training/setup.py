@@ -35,7 +35,7 @@ from monet_train.training.flops import peak_flops, training_flops_per_token
 from monet_train.training.loop import StepCost, Trainer
 from monet_train.training.objective import METRICS, Objective
 from monet_train.training.optimizer import learning_rate
-from monet_train.training.run_folder import check_run_folder, lock_run_folder, write_descriptions
+from monet_train.training.run_folder import DATA_CACHE, check_run_folder, lock_run_folder, write_descriptions
 
 
 def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
@@ -75,7 +75,6 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
-        write_descriptions(folder, config, device, launch.world_size)
 
     model = build_model(config, topology, device)
     engine = build_engine(model, config, topology)
@@ -96,6 +95,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     if resume:
         checkpoints.load(trainer, resume)
     if launch.is_main:
+        write_descriptions(folder, config, device, launch.world_size)
         _announce(config, trainer, topology, device, resume)
     return trainer
 
@@ -148,7 +148,7 @@ def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
         vocab_size=config.model.vocab_size,
         train_sequences=steps * config.train.global_batch_size,
         valid_sequences=config.eval.sequences if config.eval.every is not None else 0,
-        cache_dir=folder / "data_cache",
+        cache_dir=folder / DATA_CACHE,
     )
 
 
