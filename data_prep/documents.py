@@ -95,8 +95,7 @@ def parse(chunk: Chunk) -> Parsed:
 
 def _add_record(parsed: Parsed, source: Source, record: Any, file: str, line: int) -> None:
     if isinstance(record, dict):
-        found = {label: record.get(name) for label, name in source.fields.items()}
-        labels = {label: str(value) for label, value in found.items() if value is not None}
+        labels = {label: str(value) for label, name in source.fields.items() if (value := record.get(name)) is not None}
         text, name = record.get(source.text, KeyError(source.text)), None
         if source.id:
             name = record.get(source.id)
@@ -133,7 +132,7 @@ def _add(
     if reason:
         parsed.rejects.append(Reject(file, line, reason))
         return
-    labels = {**labels, **source.labels}
+    labels.update(source.labels)
     for label, wanted in source.where.items():
         if labels.get(label) not in wanted:
             parsed.filtered[label] = parsed.filtered.get(label, 0) + 1

@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.documents import Chunk, Reject, parse
 from data_prep.recipe import LABELS
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from monet_train.data.index_file import token_dtype
 from monet_train.errors import UserError
 
 CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer does between chunks
@@ -27,7 +28,7 @@ CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer doe
 class Encoded(NamedTuple):
     """The kept documents of a chunk. Each ends with the end-of-text token."""
 
-    tokens: np.ndarray  # int32 [sum of lengths]
+    tokens: np.ndarray  # [sum of lengths], of the shards' type
     lengths: np.ndarray  # int32 [documents]
     text_bytes: np.ndarray  # int64 [documents], UTF-8
     labels: list[list[str | None]]  # a list for each of LABELS
@@ -41,7 +42,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
     parsed = parse(chunk)
     tokens, lengths = tokenizer.encode_documents([document.text for document in parsed.documents])
     return Encoded(
-        tokens=tokens,
+        tokens=tokens.astype(token_dtype(tokenizer.record.vocabulary_size)),
         lengths=lengths,
         text_bytes=np.array([document.size for document in parsed.documents], dtype=np.int64),
         labels=[[document.labels[i] for document in parsed.documents] for i in range(len(LABELS))],

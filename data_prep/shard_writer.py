@@ -46,7 +46,7 @@ class ShardWriter:
         lengths = encoded.lengths[begin:end]
         offset = int(encoded.lengths[:begin].sum(dtype=np.int64))
         tokens = encoded.tokens[offset : offset + int(lengths.sum(dtype=np.int64))]
-        self._bin.write(tokens.astype(self._dtype).data)
+        self._bin.write(tokens.astype(self._dtype, copy=False).data)
         self._lengths.append(lengths)
         self._bytes.append(encoded.text_bytes[begin:end])
         for column, values in zip(self._labels, encoded.labels, strict=True):

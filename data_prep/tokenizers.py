@@ -6,6 +6,7 @@ import importlib.util
 import json
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from monet_train.data.manifest import TokenizerRecord
 from monet_train.errors import UserError
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
+BLOCK = (
+    64  # texts encoded at once; the ids of more fall out of the processor's caches, which costs a fifth of the speed
+)
 COMPARED_CHARS = 200  # of one text a call, to see that the fast encoder is right
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 
@@ -27,8 +31,12 @@ class Tokenizer(ABC):
     record: TokenizerRecord
 
     @abstractmethod
+    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of each text, without special tokens; made BLOCK texts at a time."""
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
+        return list(self.encoded(texts))
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -36,9 +44,9 @@ class Tokenizer(ABC):
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """All texts one after the other, each with the end-of-text token: tokens int32 [sum], lengths int32 [n]."""
-        tokens = array("i")
+        tokens = array("I")  # CPython fills it from a list more than twice as fast as "i"
         lengths = []
-        for ids in self.encode(texts) if texts else []:
+        for ids in self.encoded(texts):
             ids.append(self.record.eos_id)
             tokens.fromlist(ids)
             lengths.append(len(ids))
@@ -70,21 +78,25 @@ class SentencePieceTokenizer(Tokenizer):
 
         self._fast = _fast_encoder(path)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens.
+    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of each text, without special tokens; made BLOCK texts at a time.
 
         Raises:
             UserError: the fast encoder gave other ids than SentencePiece; the start of one text a call is compared.
         """
-        if self._fast is None:
-            return self.encode_plainly(texts)
-        start = texts[0][:COMPARED_CHARS] if texts else ""
+        encode = self.encode_plainly
+        if self._fast and texts:
+            self._compare(texts[0][:COMPARED_CHARS])
+            encode = self._fast.encode_all
+        for block in _blocks(texts):
+            yield from encode(block)
+
+    def _compare(self, start: str) -> None:
         if self._fast.encode(start) != self.processor.encode(start):
             raise UserError(
                 f"tokenizer {self.path}: the package kitoken encodes {start[:40]!r} differently from SentencePiece: "
                 "uninstall it (pip uninstall kitoken) and start over"
             )
-        return self._fast.encode_all(texts)
 
     def encode_plainly(self, texts: list[str]) -> list[list[int]]:
         """The same with SentencePiece itself."""
@@ -149,13 +161,19 @@ class HuggingFaceTokenizer(Tokenizer):
             unk_id=unk,
         )
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        return [item.ids for item in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
+        """Token ids of each text, without special tokens; made BLOCK texts at a time."""
+        for block in _blocks(texts):
+            for item in self.inner.encode_batch_fast(block, add_special_tokens=False):
+                yield item.ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _blocks(texts: list[str]) -> Iterator[list[str]]:
+    return (texts[begin : begin + BLOCK] for begin in range(0, len(texts), BLOCK))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

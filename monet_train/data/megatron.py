@@ -1,7 +1,7 @@
-"""Megatron-core's indexed dataset, imported in one place.
+"""Megatron-core's indexed dataset, imported in one place, for the trainer and as the tests' reference.
 
-The import takes seconds and warns about NVIDIA packages that reading and writing shards do not need, so callers
-import this module where they need it.
+The import takes seconds and warns about NVIDIA packages that shards do not need: ``monet-data`` works without it
+(see ``index_file``).
 
 A warning of our own: an IndexedDataset closes its memory map when it is collected, whatever arrays still look
 into it. Copy what outlives the dataset.

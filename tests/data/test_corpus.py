@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +193,42 @@ def test_a_big_index_is_cached_once_and_read_as_built(
     monkeypatch.setattr(packing, "build_epoch", lambda *_: pytest.fail("built again"))
     assert torch.equal(tokens_of(open_(shards, tmp_path, cache_dir=cache).train, 30), wanted)
     assert not list(Path(cache).glob("*.tmp"))
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["one node", "no locks"])
+def test_processes_that_race_for_the_index_cache_read_the_same(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks of a node have the lock; nodes over a file system without locks build twice, and one rename wins."""
+    if not locks:
+
+        def refuse(*_: object) -> None:
+            raise OSError("no locks here")
+
+        monkeypatch.setattr(packing.filelock.FileLock, "acquire", refuse)
+    lengths = np.random.default_rng(0).integers(1, 300, 5000).astype(np.int32)
+    wanted = packing.build_epoch(lengths, np.arange(5000), S, 3)
+
+    def build() -> packing.EpochIndex:
+        with (tmp_path / "built").open("a") as stream:
+            stream.write("x")
+        time.sleep(0.3)  # so that all are at it
+        return packing.build_epoch(lengths, np.arange(5000), S, 3)
+
+    def rank() -> None:
+        index = packing.IndexCache(tmp_path / "cache").load("key", build)
+        same = all(np.array_equal(a, b) for a, b in zip(index, wanted, strict=True))
+        os._exit(0 if same else 1)
+
+    ranks = [multiprocessing.get_context("fork").Process(target=rank) for _ in range(4)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * 4
+    built = len((tmp_path / "built").read_text())
+    assert built == 1 if locks else 2 <= built <= 4
+    assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
 def test_facts_of_the_corpus(shards: Path, tmp_path: Path) -> None:
