@@ -90,10 +90,16 @@ def native_extension() -> Extension:
     return Extension("monet_train.kernels._C", [BINDING, *kernels], depends=headers, optional=True)
 
 
+def conf_packages() -> list[str]:
+    """``conf/`` and its groups, carried as packages so that wheels have the configuration."""
+    groups = sorted(path.name for path in Path("conf").iterdir() if any(path.glob("*.yaml")))
+    return ["monet_train.conf", *(f"monet_train.conf.{group}" for group in groups)]
+
+
 setup(
-    packages=[*find_packages(include=["monet_train*", "data_prep*"]), "monet_train.conf"],
+    packages=[*find_packages(include=["monet_train*", "data_prep*"]), *conf_packages()],
     package_dir={"monet_train.conf": "conf"},
-    package_data={"monet_train.conf": ["**/*.yaml"]},
+    package_data={name: ["*.yaml"] for name in conf_packages()},
     ext_modules=[native_extension()],
     cmdclass={"build_ext": BuildKernels},
 )
