@@ -78,6 +78,12 @@ class Journal:
         sync(self.path)
 
 
+def recipe_of(path: Path) -> dict[str, Any]:
+    """The recipe of a journal that another task may be writing at this moment: nothing is mended."""
+    with path.open("rb") as stream:
+        return json.loads(stream.readline())["recipe"]
+
+
 def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> UserError:
     """The one line for a folder that belongs to another corpus; names what differs."""
     differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.files import write_whole
 from data_prep.ids import find_duplicates
-from data_prep.journal import Journal, exclusive, other_recipe
+from data_prep.journal import Journal, exclusive, other_recipe, recipe_of
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import disk_error
@@ -159,13 +159,14 @@ def _stands(folder: Path, shard: ShardRecord) -> bool:
 
 def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
     """A folder that holds anything but other tasks of the same work is left alone."""
+    if asked["tasks"] > 1 and (others := sorted(folder.glob("progress-*.jsonl"))):
+        there = recipe_of(others[0])
+        if there != asked:
+            raise other_recipe(folder, there, asked)
+        return
+    # Another task may be about to start its journal.
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".lock"):
-            continue
-        if path.name.startswith("progress-") and asked["tasks"] > 1:
-            Journal(path).open(asked)
-            return
-        if not path.name.startswith((".lock", "rejects-")):
+        if not path.name.startswith((".lock", ".progress-", "progress-", "rejects-")):
             raise UserError(f"{folder} is not empty ({path.name}): choose another --out, or empty the folder")
 
 

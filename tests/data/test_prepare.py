@@ -397,8 +397,15 @@ def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenize
 def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     source = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--tokens-per-shard", 4000, "--workers", 1)
-    for task in (2, 0):
-        assert data(*source, "--out", out, "--task", task, "--tasks", 3)[0] == 0
+    assert data(*source, "--out", out, "--task", 2, "--tasks", 3)[0] == 0
+    journal, writing = out / "progress-0002.jsonl", out / ".shard-0002-00009.bin.tmp"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-9])  # task 2 is at this moment writing a line, and a shard
+    writing.touch()
+    assert data(*source, "--out", out, "--task", 0, "--tasks", 3)[0] == 0
+    assert journal.read_bytes() == whole[:-9] and writing.exists(), "tasks leave each other alone"
+    journal.write_bytes(whole)
+    writing.unlink()
     status, _, err = data("merge", out)
     assert status == 2 and "1 of 3 tasks are not finished (first: 1)" in err and not (out / "manifest.json").exists()
     assert "belongs to another corpus" in data(*source, "--out", out, "--task", 1, "--tasks", 3, "--min-chars", 9)[2]
