@@ -67,6 +67,17 @@ class BatchStatistics:
     count: Tensor
 
 
+class LogitProjection(nn.Linear):
+    """w_s: routing logits [T, H, E], fp32 at least, of tokens [T, d]. Its backward pass visits active logits only."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__(config.hidden_size, config.moe_heads * config.moe_experts, bias=False)
+        self.heads = config.moe_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.router_logits(x, self.weight, self.heads)
+
+
 class Router(nn.Module):
     """Gates of both half-expert sets for each token.
 
@@ -77,8 +88,8 @@ class Router(nn.Module):
     def __init__(self, config: MonetConfig) -> None:
         super().__init__()
         self.heads, self.experts, self.topk = config.moe_heads, config.moe_experts, config.moe_topk
-        self.w1 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
-        self.w2 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
+        self.w1 = LogitProjection(config)
+        self.w2 = LogitProjection(config)
         self.norm1 = LogitStatistics(self.heads)
         self.norm2 = LogitStatistics(self.heads)
         self.implementation = "auto"  # of kernels.route
@@ -100,7 +111,7 @@ class Router(nn.Module):
         Returns:
             gates of side 1 and 2, and in training the batch statistics, for :meth:`update_statistics`.
         """
-        z1, z2 = self._logits(self.w1(x)), self._logits(self.w2(x))
+        z1, z2 = self.w1(x), self.w2(x)
         if self.training:
             statistics = statistics or self._batch_statistics(z1, z2)
             mean, var = statistics.mean.to(z1.dtype), statistics.var.to(z1.dtype)
@@ -116,11 +127,6 @@ class Router(nn.Module):
         """Take a batch into the running statistics: once a micro-step, however often its gates are recomputed."""
         self.norm1.update(batch.mean[0], batch.var[0], batch.count)
         self.norm2.update(batch.mean[1], batch.var[1], batch.count)
-
-    def _logits(self, z: Tensor) -> Tensor:
-        # fp32 at least, as published: thresholds and softmax do not bear bf16 logits
-        z = z if z.dtype == torch.float64 else z.float()
-        return z.unflatten(-1, (self.heads, self.experts))
 
     @torch.no_grad()
     def _batch_statistics(self, z1: Tensor, z2: Tensor) -> BatchStatistics:
