@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.__main__ import number
+from monet_train.errors import one_line_errors
 from data_prep.documents import parse, read_chunks
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
@@ -263,6 +264,7 @@ def load(arguments: argparse.Namespace) -> None:
     print(f"  waited {share:.3%} of steps of {arguments.step_seconds} s (32 sequences each)")
 
 
+@one_line_errors
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
