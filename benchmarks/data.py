@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.__main__ import number
-from monet_train.errors import one_line_errors
 from data_prep.documents import parse, read_chunks
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
 from data_prep.tokenizers import SentencePieceTokenizer, load_tokenizer
+from monet_train.errors import one_line_errors
 
 DOCUMENT_TOKENS = 1000  # mean length of the made-up documents of `index`
 SEQUENCE = 2048
