@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/bindings/* csrc/cpu/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
 .PHONY: quickstart test install lint clean

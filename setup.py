@@ -15,7 +15,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-BINDING = "csrc/bindings.cpp"
+BINDINGS = "csrc/bindings"
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -51,7 +51,7 @@ class BuildKernels(build_ext):
 
         def compile_one(source: str) -> str:
             target = objects / (source.replace("/", ".") + ".o")
-            flags = framework if source == BINDING else instruction_set(source)
+            flags = framework if source.startswith(BINDINGS) else instruction_set(source)
             self.spawn([compiler, *COMMON_FLAGS, *flags, "-c", source, "-o", str(target)])
             return str(target)
 
@@ -84,10 +84,10 @@ def instruction_set(source: str) -> list[str]:
 
 
 def native_extension() -> Extension:
-    """The extension: the binding, the kernels of each device, and the headers that a source archive must carry."""
-    kernels = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+    """The extension: the bindings, the kernels of each device, and the headers that a source archive must carry."""
+    sources = sorted(str(path) for folder in (BINDINGS, "csrc/cpu") for path in Path(folder).glob("*.cpp"))
     headers = sorted(str(path) for suffix in ("*.h", "*.inl") for path in Path("csrc").rglob(suffix))
-    return Extension("monet_train.kernels._C", [BINDING, *kernels], depends=headers, optional=True)
+    return Extension("monet_train.kernels._C", sources, depends=headers, optional=True)
 
 
 def conf_packages() -> list[str]:

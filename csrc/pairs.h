@@ -22,4 +22,12 @@ struct Pairs {
   int64_t blocks() const { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 };
 
+// Gates of one side: values [pairs, heads].
+template <class C>
+struct Side {
+  const Pairs& pairs;
+  const C* gates;
+  int64_t heads;
+};
+
 }  // namespace monet

@@ -14,14 +14,6 @@ namespace monet::cpu {
 // Fewer tokens than this are decoding, where reading weights is all the work.
 constexpr int64_t kFewTokens = 16;
 
-// Gates of one side: values [pairs, heads].
-template <class C>
-struct Side {
-  const Pairs& pairs;
-  const C* gates;
-  int64_t heads;
-};
-
 // The three products over all pairs. Several jobs of a kind are given at once, so that they share one round of threads.
 
 // out[p] = w_i x_t + bias_i for pair p = (t, i): [pairs, units]. bias [experts * units] may be null.

@@ -1,5 +1,5 @@
-// torch.ops.monet: the operations as the framework sees them. Checks shapes, allocates results, hands raw pointers to
-// the kernels. Gradients are put together in monet_train/kernels (one autograd function an operation).
+// torch.ops.monet on the CPU. Checks shapes, allocates results, hands raw pointers to the kernels. Gradients are put
+// together in monet_train/kernels (one autograd function an operation).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,10 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/experts.h"
-#include "cpu/products.h"
-#include "cpu/route.h"
-#include "parallel.h"
+#include "../cpu/experts.h"
+#include "../cpu/products.h"
+#include "../cpu/route.h"
+#include "../parallel.h"
+#include "tensors.h"
 
 namespace monet {
 
@@ -29,75 +30,12 @@ void run_tasks(int64_t count, void (*task)(const void*, int64_t), const void* co
 
 namespace {
 
-using at::Tensor;
 using cpu::Rows;
-
-// ---- tensors to pointers
-
-template <class T>
-const T* read(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* write(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 // Rows of a matrix whose rows are contiguous.
 template <class S>
 Rows<const S> read_rows(const Tensor& matrix) {
   return {read<S>(matrix), matrix.stride(0)};
-}
-
-// f(zero of the tensor's number type).
-template <class F>
-auto with_type(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return f(float{});
-    case at::kBFloat16: return f(BFloat16{});
-    case at::kDouble: return f(double{});
-    default: TORCH_CHECK(false, "the expert kernels take fp32, bf16 or fp64, not ", tensor.scalar_type());
-  }
-}
-template <class F>
-auto with_wide_type(const Tensor& tensor, const F& f) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return f(float{});
-    case at::kDouble: return f(double{});
-    default: TORCH_CHECK(false, "the router kernels take fp32 or fp64, not ", tensor.scalar_type());
-  }
-}
-
-// The type of sums over values of `tensor`, and of the gates that go with it.
-at::TensorOptions accumulator(const Tensor& tensor) {
-  return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
-
-// ---- gates
-
-// The four index tensors of a Pairs: token, group_start, row_start, row_pair.
-using Layout = at::TensorList;
-
-Pairs pairs_of(Layout layout, int64_t experts) {
-  TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
-  for (const Tensor& part : layout)
-    TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is of contiguous int32 tensors");
-  const Pairs pairs{
-      .tokens = layout[2].numel() - 1,
-      .experts = experts,
-      .count = layout[0].numel(),
-      .token = read<int32_t>(layout[0]),
-      .group_start = read<int32_t>(layout[1]),
-      .row_start = read<int32_t>(layout[2]),
-      .row_pair = read<int32_t>(layout[3])};
-  TORCH_CHECK(layout[1].numel() == pairs.blocks() * experts + 1, "the layout is not of ", experts, " half-experts");
-  return pairs;
-}
-
-// Values [pairs, heads] made contiguous.
-Tensor values_of(const Tensor& values, const Pairs& pairs) {
-  TORCH_CHECK(values.dim() == 2 && values.size(0) == pairs.count, "values must be [", pairs.count, " pairs, heads]");
-  return values.contiguous();
 }
 
 // ---- the router
@@ -255,33 +193,6 @@ Tensor expert_rows(const Tensor& v, const Pairs& pairs, int64_t units) {
   return rows;
 }
 
-void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(
-      weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
-      "], not ", weight.sizes());
-  TORCH_CHECK(
-      weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
-      like.scalar_type());
-}
-
-// One side of an expert layer: its gates in the type of sums, and what a pair needs.
-struct SideTensors {
-  SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
-      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {
-    TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
-    TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
-  }
-
-  template <class C>
-  cpu::Side<C> side() const {
-    return {pairs, read<C>(gates), gates.size(1)};
-  }
-  Tensor by_pair(int64_t units) const { return at::empty({pairs.count, units}, gates.options()); }
-
-  Pairs pairs;
-  Tensor gates;
-};
-
 // Jobs over tensors; the tensors must outlive them.
 template <class S>
 cpu::Projection<S> projection(
@@ -309,11 +220,6 @@ cpu::WeightGradient<S> output_weight_gradient(
     const SideTensors& side, const Tensor& y, const Tensor& x, int64_t column, Tensor& dv) {
   return {side.pairs, read<Accumulator<S>>(y), read_rows<S>(x).from_column(column), y.size(1), dv.size(0),
           write<S>(dv), dv.is_contiguous()};
-}
-// Room for the gradient of a weight, stored by columns if the weight is.
-Tensor empty_gradient(const Tensor& weight) {
-  if (weight.is_contiguous() || !weight.t().is_contiguous()) return at::empty(weight.sizes(), weight.options());
-  return at::empty({weight.size(1), weight.size(0)}, weight.options()).t();
 }
 template <class S, size_t count>
 void run(const cpu::Projection<S> (&jobs)[count]) {
@@ -565,43 +471,11 @@ std::tuple<Tensor, Tensor> linear_sparse_backward(
   return {dx, dw};
 }
 
-std::string built_with() { return MONET_TORCH_VERSION; }
 std::string instruction_set() { return cpu::instruction_set(); }
 bool select_instruction_set(const std::string& name) { return cpu::select_instruction_set(name.c_str()); }
 
 }  // namespace
 }  // namespace monet
-
-TORCH_LIBRARY(monet, m) {
-  m.def("built_with() -> str", &monet::built_with);
-  m.def("instruction_set() -> str", &monet::instruction_set);
-  m.def("select_instruction_set(str name) -> bool", &monet::select_instruction_set);
-  m.def("head_moments(Tensor logits) -> Tensor");
-  m.def("route(Tensor logits, Tensor threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("route_backward(Tensor gates, Tensor dgates, Tensor[] layout, int experts) -> Tensor");
-  m.def("route_backward_sparse(Tensor gates, Tensor dgates, Tensor[] layout, int experts) -> (Tensor, Tensor)");
-  m.def("linear_sparse_backward(Tensor token, Tensor row, Tensor values, Tensor x, Tensor w) -> (Tensor, Tensor)");
-  m.def("scatter_dense(Tensor values, Tensor[] layout, int experts) -> Tensor");
-  m.def("gather_dense(Tensor dense, Tensor[] layout) -> Tensor");
-  m.def("sum_over_tokens(Tensor gates, Tensor[] layout, int experts) -> Tensor");
-  m.def("sum_over_tokens_backward(Tensor dtotals, Tensor[] layout) -> Tensor");
-  m.def("sum_of_largest(Tensor gates, Tensor[] layout, int experts) -> Tensor");
-  m.def("sum_of_largest_backward(Tensor gates, Tensor dtotals, Tensor[] layout, int experts) -> Tensor");
-  m.def(
-      "vertical_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
-      "Tensor[] weights) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "vertical_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
-      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1, Tensor s2) -> Tensor[]");
-  m.def(
-      "horizontal_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
-      "Tensor[] weights) -> (Tensor, Tensor)");
-  m.def(
-      "horizontal_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
-      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1) -> Tensor[]");
-  m.def("expert_bias(Tensor gates, Tensor[] layout, Tensor b) -> Tensor");
-  m.def("expert_bias_backward(Tensor dout, Tensor gates, Tensor[] layout, Tensor b) -> (Tensor, Tensor)");
-}
 
 TORCH_LIBRARY_IMPL(monet, CPU, m) {
   m.impl("head_moments", &monet::head_moments);
@@ -621,4 +495,10 @@ TORCH_LIBRARY_IMPL(monet, CPU, m) {
   m.impl("horizontal_experts_backward", &monet::horizontal_experts_backward);
   m.impl("expert_bias", &monet::expert_bias);
   m.impl("expert_bias_backward", &monet::expert_bias_backward);
+}
+
+// These have no tensor that would tell a device.
+TORCH_LIBRARY_IMPL(monet, CatchAll, m) {
+  m.impl("instruction_set", &monet::instruction_set);
+  m.impl("select_instruction_set", &monet::select_instruction_set);
 }

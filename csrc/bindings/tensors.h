@@ -1,0 +1,110 @@
+// What the bindings of all devices share: tensors checked and taken apart for kernels that know no framework.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "../numbers.h"
+#include "../pairs.h"
+
+namespace monet {
+
+using at::Tensor;
+
+// ---- tensors to pointers
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* write(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// f(zero of the tensor's number type).
+template <class F>
+auto with_type(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(BFloat16{});
+    case at::kDouble: return f(double{});
+    default: TORCH_CHECK(false, "the expert kernels take fp32, bf16 or fp64, not ", tensor.scalar_type());
+  }
+}
+template <class F>
+auto with_wide_type(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return f(float{});
+    case at::kDouble: return f(double{});
+    default: TORCH_CHECK(false, "the router kernels take fp32 or fp64, not ", tensor.scalar_type());
+  }
+}
+
+// The type of sums over values of `tensor`, and of the gates that go with it.
+inline at::TensorOptions accumulator(const Tensor& tensor) {
+  return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// ---- gates
+
+// The four index tensors of a Pairs: token, group_start, row_start, row_pair.
+using Layout = at::TensorList;
+
+inline Pairs pairs_of(Layout layout, int64_t experts) {
+  TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
+  for (const Tensor& part : layout)
+    TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is of contiguous int32 tensors");
+  const Pairs pairs{
+      .tokens = layout[2].numel() - 1,
+      .experts = experts,
+      .count = layout[0].numel(),
+      .token = read<int32_t>(layout[0]),
+      .group_start = read<int32_t>(layout[1]),
+      .row_start = read<int32_t>(layout[2]),
+      .row_pair = read<int32_t>(layout[3])};
+  TORCH_CHECK(layout[1].numel() == pairs.blocks() * experts + 1, "the layout is not of ", experts, " half-experts");
+  return pairs;
+}
+
+// Values [pairs, heads] made contiguous.
+inline Tensor values_of(const Tensor& values, const Pairs& pairs) {
+  TORCH_CHECK(values.dim() == 2 && values.size(0) == pairs.count, "values must be [", pairs.count, " pairs, heads]");
+  return values.contiguous();
+}
+
+// ---- the expert layers
+
+inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
+  TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
+      "], not ", weight.sizes());
+  TORCH_CHECK(
+      weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
+      like.scalar_type());
+}
+
+// One side of an expert layer: its gates in the type of sums, and what a pair needs.
+struct SideTensors {
+  SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
+      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {
+    TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
+    TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
+  }
+
+  template <class C>
+  Side<C> side() const {
+    return {pairs, read<C>(gates), gates.size(1)};
+  }
+  Tensor by_pair(int64_t units) const { return at::empty({pairs.count, units}, gates.options()); }
+
+  Pairs pairs;
+  Tensor gates;
+};
+
+// Room for the gradient of a weight, stored by columns if the weight is.
+inline Tensor empty_gradient(const Tensor& weight) {
+  if (weight.is_contiguous() || !weight.t().is_contiguous()) return at::empty(weight.sizes(), weight.options());
+  return at::empty({weight.size(1), weight.size(0)}, weight.options()).t();
+}
+
+}  // namespace monet
