@@ -82,7 +82,7 @@ class Layer:
 
     def experts(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
         operation = kernels.vertical_experts if self.form == "vertical" else kernels.horizontal_experts
-        return operation(x, g1, g2, *self.inputs, *self.outputs)
+        return operation(x, g1, g2, None, *self.inputs, *self.outputs)
 
     def with_bias(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
         sides = (g1, g2) if self.form == "vertical" else (g2,)

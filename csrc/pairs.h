@@ -30,4 +30,13 @@ struct Side {
   int64_t heads;
 };
 
+// A factor for every expert (i, j) of every head, [heads, experts, experts], that its product of gates is multiplied by.
+template <class C>
+struct Mask {
+  const C* factors;     // null: no expert is masked
+  int64_t head_stride;  // from a head's factors to those of the next; 0: all heads have the same
+
+  explicit operator bool() const { return factors != nullptr; }
+};
+
 }  // namespace monet

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -269,9 +270,10 @@ cpu::VerticalMix<C> vertical_mix(Tensor& own1, Tensor& cross1, Tensor& own2, Ten
 
 std::tuple<Tensor, Tensor, Tensor> vertical_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    at::TensorList weights) {
+    const std::optional<Tensor>& mask, at::TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
   const VerticalWeights w(x, weights, one.pairs, two.pairs);
   Tensor out = at::empty_like(x);
   return with_type(x, [&](auto zero) {
@@ -282,7 +284,8 @@ std::tuple<Tensor, Tensor, Tensor> vertical_experts(
     Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1);
     Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2);
     cpu::mix_vertical<C>(
-        one.side<C>(), two.side<C>(), read<C>(s1), read<C>(s2), w.units, vertical_mix<C>(own1, cross1, own2, cross2));
+        one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(s1), read<C>(s2), w.units,
+        vertical_mix<C>(own1, cross1, own2, cross2));
     const int64_t half = x.size(1) / 2;
     const cpu::Term<S> left[] = {term<S>(one, own1, w.v11), term<S>(one, cross1, w.v12)};
     const cpu::Term<S> right[] = {term<S>(two, cross2, w.v21), term<S>(two, own2, w.v22)};
@@ -293,9 +296,11 @@ std::tuple<Tensor, Tensor, Tensor> vertical_experts(
 
 std::vector<Tensor> vertical_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1, const Tensor& s2) {
+    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList weights,
+    const Tensor& s1, const Tensor& s2) {
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
   const VerticalWeights w(x, weights, one.pairs, two.pairs);
   Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
   return with_type(x, [&](auto zero) {
@@ -311,7 +316,7 @@ std::vector<Tensor> vertical_experts_backward(
     Tensor own1 = at::empty_like(s1), cross1 = at::empty_like(s1), ds1 = at::empty_like(s1);
     Tensor own2 = at::empty_like(s2), cross2 = at::empty_like(s2), ds2 = at::empty_like(s2);
     cpu::mix_vertical_backward<C>(
-        one.side<C>(), two.side<C>(), read<C>(s1), read<C>(s2), w.units,
+        one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(s1), read<C>(s2), w.units,
         {read<C>(down1), read<C>(dcross1), read<C>(down2), read<C>(dcross2)},
         vertical_mix<C>(own1, cross1, own2, cross2), write<C>(ds1), write<C>(ds2), write<C>(dgates1),
         write<C>(dgates2));
@@ -349,9 +354,10 @@ struct HorizontalWeights {
 
 std::tuple<Tensor, Tensor> horizontal_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    at::TensorList weights) {
+    const std::optional<Tensor>& mask, at::TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
   const HorizontalWeights w(x, weights, two.pairs);
   Tensor out = at::empty_like(x);
   return with_type(x, [&](auto zero) {
@@ -359,7 +365,7 @@ std::tuple<Tensor, Tensor> horizontal_experts(
     using C = Accumulator<S>;
     Tensor s1 = one.by_pair(w.units), y = two.by_pair(w.units);
     run<S>({projection<S>(one, x, 0, w.u, &w.u_bias, s1)});
-    cpu::mix_horizontal<C>(one.side<C>(), two.side<C>(), read<C>(s1), w.units, write<C>(y));
+    cpu::mix_horizontal<C>(one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(s1), w.units, write<C>(y));
     const cpu::Term<S> terms[] = {term<S>(two, y, w.v)};
     run<S>({combination<S>(terms, x.size(1), out, 0)});
     return std::make_tuple(out, s1);
@@ -368,9 +374,11 @@ std::tuple<Tensor, Tensor> horizontal_experts(
 
 std::vector<Tensor> horizontal_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, at::TensorList weights, const Tensor& s1) {
+    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList weights,
+    const Tensor& s1) {
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
   const HorizontalWeights w(x, weights, two.pairs);
   Tensor dx = at::empty_like(x), dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
   return with_type(x, [&](auto zero) {
@@ -379,7 +387,7 @@ std::vector<Tensor> horizontal_experts_backward(
     Tensor dy = two.by_pair(w.units), y = two.by_pair(w.units), ds1 = at::empty_like(s1);
     run<S>({projection<S>(two, d, 0, w.v, nullptr, dy)});
     cpu::mix_horizontal_backward<C>(
-        one.side<C>(), two.side<C>(), read<C>(s1), w.units, read<C>(dy), write<C>(y), write<C>(ds1),
+        one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(s1), w.units, read<C>(dy), write<C>(y), write<C>(ds1),
         write<C>(dgates1), write<C>(dgates2));
     const cpu::Term<S> into_x[] = {term<S>(one, ds1, w.u)};
     run<S>({combination<S>(into_x, x.size(1), dx, 0)});
@@ -387,6 +395,36 @@ std::vector<Tensor> horizontal_experts_backward(
     run<S>({weight_gradient<S>(one, ds1, x, du), output_weight_gradient<S>(two, y, d, 0, dv)});
     return std::vector<Tensor>{dx, dgates1, dgates2, du, bias_gradient<S>(one, ds1, w.u_bias), dv};
   });
+}
+
+// What a mask leaves of each half-expert, [pairs of side 1] and [pairs of side 2].
+std::tuple<Tensor, Tensor> masked_totals(
+    const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask) {
+  const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
+  Tensor totals1 = at::empty({one.pairs.count}, one.gates.options());
+  Tensor totals2 = at::empty({two.pairs.count}, two.gates.options());
+  with_wide_type(one.gates, [&](auto zero) {
+    using C = decltype(zero);
+    cpu::masked_totals<C>(one.side<C>(), two.side<C>(), m.mask<C>(), write<C>(totals1), write<C>(totals2));
+  });
+  return {totals1, totals2};
+}
+
+std::tuple<Tensor, Tensor> masked_totals_backward(
+    const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask,
+    const Tensor& dtotals1, const Tensor& dtotals2) {
+  const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
+  const MaskTensor m(mask, one, two);
+  const Tensor d1 = dtotals1.contiguous(), d2 = dtotals2.contiguous();
+  TORCH_CHECK(d1.numel() == one.pairs.count && d2.numel() == two.pairs.count, "gradients of totals must be [pairs]");
+  Tensor dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
+  with_wide_type(one.gates, [&](auto zero) {
+    using C = decltype(zero);
+    cpu::masked_totals_backward<C>(
+        one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(d1), read<C>(d2), write<C>(dgates1), write<C>(dgates2));
+  });
+  return {dgates1, dgates2};
 }
 
 Tensor gate_totals(const SideTensors& side) {
@@ -493,6 +531,8 @@ TORCH_LIBRARY_IMPL(monet, CPU, m) {
   m.impl("vertical_experts_backward", &monet::vertical_experts_backward);
   m.impl("horizontal_experts", &monet::horizontal_experts);
   m.impl("horizontal_experts_backward", &monet::horizontal_experts_backward);
+  m.impl("masked_totals", &monet::masked_totals);
+  m.impl("masked_totals_backward", &monet::masked_totals_backward);
   m.impl("expert_bias", &monet::expert_bias);
   m.impl("expert_bias_backward", &monet::expert_bias_backward);
 }

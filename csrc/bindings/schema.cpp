@@ -20,16 +20,22 @@ TORCH_LIBRARY(monet, m) {
   m.def("sum_of_largest_backward(Tensor gates, Tensor dtotals, Tensor[] layout, int experts) -> Tensor");
   m.def(
       "vertical_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
-      "Tensor[] weights) -> (Tensor, Tensor, Tensor)");
+      "Tensor? mask, Tensor[] weights) -> (Tensor, Tensor, Tensor)");
   m.def(
       "vertical_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
-      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1, Tensor s2) -> Tensor[]");
+      "Tensor[] layout2, int experts, Tensor? mask, Tensor[] weights, Tensor s1, Tensor s2) -> Tensor[]");
   m.def(
       "horizontal_experts(Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
-      "Tensor[] weights) -> (Tensor, Tensor)");
+      "Tensor? mask, Tensor[] weights) -> (Tensor, Tensor)");
   m.def(
       "horizontal_experts_backward(Tensor dout, Tensor x, Tensor gates1, Tensor[] layout1, Tensor gates2, "
-      "Tensor[] layout2, int experts, Tensor[] weights, Tensor s1) -> Tensor[]");
+      "Tensor[] layout2, int experts, Tensor? mask, Tensor[] weights, Tensor s1) -> Tensor[]");
+  m.def(
+      "masked_totals(Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, Tensor mask) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "masked_totals_backward(Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, "
+      "Tensor mask, Tensor dtotals1, Tensor dtotals2) -> (Tensor, Tensor)");
   m.def("expert_bias(Tensor gates, Tensor[] layout, Tensor b) -> Tensor");
   m.def("expert_bias_backward(Tensor dout, Tensor gates, Tensor[] layout, Tensor b) -> (Tensor, Tensor)");
 }

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include <optional>
+
 #include "../numbers.h"
 #include "../pairs.h"
 
@@ -85,8 +87,10 @@ inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows,
 
 // One side of an expert layer: its gates in the type of sums, and what a pair needs.
 struct SideTensors {
+  SideTensors(const Tensor& gates, Layout layout, int64_t experts)
+      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {}
   SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
-      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {
+      : SideTensors(gates, layout, experts) {
     TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
     TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
   }
@@ -99,6 +103,29 @@ struct SideTensors {
 
   Pairs pairs;
   Tensor gates;
+};
+
+// The factors of the experts, [1 or heads, experts, experts] in the type of sums.
+struct MaskTensor {
+  MaskTensor(const std::optional<Tensor>& mask, const SideTensors& one, const SideTensors& two) {
+    TORCH_CHECK(one.gates.size(1) == two.gates.size(1), "the two sides have different numbers of heads");
+    if (!mask) return;
+    const int64_t heads = one.gates.size(1), experts = one.pairs.experts;
+    TORCH_CHECK(
+        mask->dim() == 3 && (mask->size(0) == 1 || mask->size(0) == heads) && mask->size(1) == experts &&
+            mask->size(2) == experts,
+        "mask must be [1 or ", heads, ", ", experts, ", ", experts, "], not ", mask->sizes());
+    TORCH_CHECK(mask->scalar_type() == one.gates.scalar_type(), "mask must be in the type of sums");
+    factors = mask->contiguous();
+  }
+
+  template <class C>
+  Mask<C> mask() const {
+    if (!factors.defined()) return {nullptr, 0};
+    return {read<C>(factors), factors.size(0) == 1 ? 0 : factors.stride(0)};
+  }
+
+  Tensor factors;
 };
 
 // Room for the gradient of a weight, stored by columns if the weight is.

@@ -81,26 +81,41 @@ void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out);
 // Between the input and the output layer of the vertical form, with a = relu(s1)^2 and c = relu(s2)^2:
 //   own1_i = a_i sum_h g1_hi       cross1_i = sum_h g1_hi sum_j g2_hj c_j       [pairs of side 1, units]
 //   own2_j = c_j sum_h g2_hj       cross2_j = sum_h g2_hj sum_i g1_hi a_i       [pairs of side 2, units]
+// With a mask M, and w_hij = M_hij g1_hi g2_hj:
+//   own1_i = a_i sum_hj w_hij      cross1_i = sum_hj w_hij c_j
+//   own2_j = c_j sum_hi w_hij      cross2_j = sum_hi w_hij a_i
 template <class C>
 struct VerticalMix {
   C *own1, *cross1, *own2, *cross2;
 };
 template <class C>
 void mix_vertical(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix);
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
+    const VerticalMix<C>& mix);
 
 // From the gradients of the mix those of s1, s2 and the gates; forms the mix again, for the weights' gradients.
 template <class C>
 void mix_vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
     const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2);
 
-// The same of the horizontal form: y_j = sum_h g2_hj sum_i g1_hi a_i, [pairs of side 2, units].
+// The same of the horizontal form, [pairs of side 2, units]:
+//   y_j = sum_h g2_hj sum_i g1_hi a_i, with a mask sum_hi w_hij a_i.
 template <class C>
-void mix_horizontal(const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y);
+void mix_horizontal(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y);
 template <class C>
 void mix_horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, const C* dy, C* y,
+    C* ds1, C* dgates1, C* dgates2);
+
+// What a mask leaves of each half-expert: totals1_i = sum_hj w_hij [pairs of side 1], totals2_j = sum_hi w_hij [pairs of
+// side 2]; and the gradient of them.
+template <class C>
+void masked_totals(const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, C* totals1, C* totals2);
+template <class C>
+void masked_totals_backward(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* dtotals1, const C* dtotals2, C* dgates1,
     C* dgates2);
 
 // The sum of each pair's gates over the heads, [pairs], and the gradient of it.

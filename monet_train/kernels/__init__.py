@@ -21,6 +21,7 @@ __all__ = [
     "Gates",
     "describe",
     "expert_bias",
+    "expert_weights",
     "head_moments",
     "horizontal_experts",
     "route",
@@ -75,18 +76,34 @@ def route(z: Tensor, threshold: Tensor, implementation: str = "auto") -> Gates:
     return DenseGates(plain.gates(z, threshold))
 
 
-def vertical_experts(x: Tensor, g1: Gates, g2: Gates, *weights: Tensor) -> Tensor:
-    """Vertical expert layer [T, d] -> [T, d] without output bias. See :func:`plain.vertical_experts`."""
+def vertical_experts(x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None, *weights: Tensor) -> Tensor:
+    """Vertical expert layer [T, d] -> [T, d] without output bias. See :func:`plain.vertical_experts`.
+
+    ``mask`` [1 or H, E, E] has the factor of every expert and is a constant: it gets no gradient.
+    """
     if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
-        return experts.vertical_experts(x, g1, g2, *weights)
-    return plain.vertical_experts(x, g1.dense(), g2.dense(), *weights)
+        return experts.vertical_experts(x, g1, g2, mask, *weights)
+    return plain.vertical_experts(x, g1.dense(), g2.dense(), mask, *weights)
 
 
-def horizontal_experts(x: Tensor, g1: Gates, g2: Gates, *weights: Tensor) -> Tensor:
-    """Horizontal expert layer [T, d] -> [T, d] without output bias. See :func:`plain.horizontal_experts`."""
+def horizontal_experts(x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None, *weights: Tensor) -> Tensor:
+    """Horizontal expert layer [T, d] -> [T, d] without output bias. See :func:`plain.horizontal_experts`.
+
+    ``mask`` [1 or H, E, E] has the factor of every expert and is a constant: it gets no gradient.
+    """
     if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
-        return experts.horizontal_experts(x, g1, g2, *weights)
-    return plain.horizontal_experts(x, g1.dense(), g2.dense(), *weights)
+        return experts.horizontal_experts(x, g1, g2, mask, *weights)
+    return plain.horizontal_experts(x, g1.dense(), g2.dense(), mask, *weights)
+
+
+def expert_weights(g1: Gates, g2: Gates, mask: Tensor | None) -> tuple[Gates, Gates]:
+    """What a mask leaves of each half-expert, as gates for :func:`expert_bias`. See :func:`plain.expert_weights`."""
+    if mask is None:
+        return g1, g2
+    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
+        return experts.expert_weights(g1, g2, mask)
+    r1, r2 = plain.expert_weights(g1.dense(), g2.dense(), mask)
+    return DenseGates(r1), DenseGates(r2)
 
 
 def expert_bias(g: Gates, b: Tensor) -> Tensor:

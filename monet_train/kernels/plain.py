@@ -78,8 +78,41 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def expert_weights(g1: Tensor, g2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a mask leaves of each half-expert: r1_i = Σ_hj M_hij g1_hi g2_hj, r2_j = Σ_hi M_hij g1_hi g2_hj.
+
+    Args:
+        g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
+
+    Returns:
+        r1, r2 as gates of one head, [T, 1, E]. Without a mask the gates themselves, which sum over their heads to
+        the same: those of the other side sum to 1.
+    """
+    if mask is None:
+        return g1, g2
+    mask = mask.to(g1.dtype)
+    r1 = (g1 * torch.einsum("hij,thj->thi", mask, g2)).sum(1, keepdim=True)
+    r2 = (g2 * torch.einsum("hij,thi->thj", mask, g1)).sum(1, keepdim=True)
+    return r1, r2
+
+
+def mix(g: Tensor, g_other: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Σ_h g_hi Σ_j M_hij g_other_hj values_j, [T, E, m].
+
+    Args:
+        g, g_other: gates [T, H, E]. values: [T, E, m], by half-expert of the other side. mask: [1 or H, E, E] or None.
+    """
+    if mask is None:
+        return torch.einsum("thi,thm->tim", g, torch.einsum("thj,tjm->thm", g_other, values))
+    mixed = torch.zeros_like(values)
+    for h, factors in enumerate(mask.to(values.dtype).expand(g.shape[1], -1, -1)):
+        left = torch.einsum("ij,tjm->tim", factors, g_other[:, h, :, None] * values)
+        mixed = mixed + g[:, h, :, None] * left
+    return mixed
+
+
 def vertical_experts(
-    x: Tensor, g1: Tensor, g2: Tensor,
+    x: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None,
     u1: Tensor, u1_bias: Tensor, u2: Tensor, u2_bias: Tensor,
     v11: Tensor, v12: Tensor, v21: Tensor, v22: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -89,8 +122,10 @@ def vertical_experts(
     left  = v11[a_i Σ_h g1_hi] + v12[Σ_h g1_hi Σ_j g2_hj c_j]
     right = v21[Σ_h g2_hj Σ_i g1_hi a_i] + v22[c_j Σ_h g2_hj]
 
+    A mask multiplies every g1_hi g2_hj by M_hij; without one Σ_j g2_hj = Σ_i g1_hi = 1 has been used.
+
     Args:
-        x: [T, d]. g1, g2: gates [T, H, E].
+        x: [T, d]. g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
         u1, u2: [E*m/2, d] with biases [E*m/2]. v11, v12, v21, v22: [d/2, E*m/2].
 
     Returns:
@@ -100,22 +135,26 @@ def vertical_experts(
     g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
     a = relu_squared(F.linear(x, u1, u1_bias)).unflatten(-1, (experts, -1))
     c = relu_squared(F.linear(x, u2, u2_bias)).unflatten(-1, (experts, -1))
-    a_mixed = torch.einsum("thi,tim->thm", g1, a)
-    c_mixed = torch.einsum("thj,tjm->thm", g2, c)
-    left = F.linear((a * g1.sum(1).unsqueeze(-1)).flatten(1), v11)
-    left = left + F.linear(torch.einsum("thi,thm->tim", g1, c_mixed).flatten(1), v12)
-    right = F.linear(torch.einsum("thj,thm->tjm", g2, a_mixed).flatten(1), v21)
-    right = right + F.linear((c * g2.sum(1).unsqueeze(-1)).flatten(1), v22)
+    transposed = None if mask is None else mask.mT
+    r1, r2 = expert_weights(g1, g2, mask)
+    left = F.linear((a * r1.sum(1).unsqueeze(-1)).flatten(1), v11)
+    left = left + F.linear(mix(g1, g2, c, mask).flatten(1), v12)
+    right = F.linear(mix(g2, g1, a, transposed).flatten(1), v21)
+    right = right + F.linear((c * r2.sum(1).unsqueeze(-1)).flatten(1), v22)
     return torch.cat([left, right], -1)
 
 
-def horizontal_experts(x: Tensor, g1: Tensor, g2: Tensor, u: Tensor, u_bias: Tensor, v: Tensor) -> Tensor:
+def horizontal_experts(
+    x: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None, u: Tensor, u_bias: Tensor, v: Tensor
+) -> Tensor:
     """Horizontal decomposition without the output bias (paper section 3.3).
 
     a = relu²(u x) [T, E, m];  y_j = Σ_h g2_hj Σ_i g1_hi a_i;  output v[y].
+    A mask multiplies every g1_hi g2_hj by M_hij.
 
     Args:
-        x: [T, d]. g1, g2: gates [T, H, E]. u: [E*m, d] with bias [E*m]. v: [d, E*m].
+        x: [T, d]. g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
+        u: [E*m, d] with bias [E*m]. v: [d, E*m].
 
     Returns:
         [T, d]. With weights that hold a slice of m, the partial sums of that slice.
@@ -123,15 +162,15 @@ def horizontal_experts(x: Tensor, g1: Tensor, g2: Tensor, u: Tensor, u_bias: Ten
     experts = g1.shape[-1]
     g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
     a = relu_squared(F.linear(x, u, u_bias)).unflatten(-1, (experts, -1))
-    mixed = torch.einsum("thi,tim->thm", g1, a)
-    return F.linear(torch.einsum("thj,thm->tjm", g2, mixed).flatten(1), v)
+    transposed = None if mask is None else mask.mT
+    return F.linear(mix(g2, g1, a, transposed).flatten(1), v)
 
 
 def expert_bias(g: Tensor, b: Tensor) -> Tensor:
     """Output bias of one side: Σ_h Σ_i g_hi b_i.
 
     Args:
-        g: gates [T, H, E]. b: [E, width].
+        g: gates [T, H, E], or what a mask leaves of them (:func:`expert_weights`). b: [E, width].
 
     Returns:
         [T, width] in the dtype of ``b``.

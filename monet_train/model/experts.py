@@ -1,8 +1,8 @@
 """Monet's expert layers: E x E experts composed from two sets of E half-experts (paper section 3.3).
 
 Expert (i, j) is a two-layer perceptron whose halves are half-expert i of the first set and j of the second. The
-output of a layer is Σ_h Σ_ij g1_hi g2_hj E_ij(x), rearranged so that no tensor has E x E entries. The rearranged
-sums are the functions of :mod:`monet_train.kernels.plain`.
+output of a layer is Σ_h Σ_ij M_hij g1_hi g2_hj E_ij(x), M = 1 unless experts are masked. It is rearranged so that no
+tensor has E x E entries a token: the rearranged sums are the functions of :mod:`monet_train.kernels.plain`.
 """
 
 from __future__ import annotations
@@ -63,14 +63,15 @@ class VerticalExperts(Experts):
         self.b1 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
         self.b2 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
 
-    def forward(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
-        """[T, d] -> [T, d]."""
+    def forward(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None) -> Tensor:
+        """[T, d] -> [T, d]; ``mask``: factors of the experts, [1 or H, E, E]."""
         mixed = kernels.vertical_experts(
-            self.enter(x), g1.map(self.enter), g2.map(self.enter),
+            self.enter(x), g1.map(self.enter), g2.map(self.enter), mask,
             self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
             self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
         )  # fmt: skip
-        bias = torch.cat([kernels.expert_bias(g1, self.b1), kernels.expert_bias(g2, self.b2)], -1)
+        r1, r2 = kernels.expert_weights(g1, g2, mask)
+        bias = torch.cat([kernels.expert_bias(r1, self.b1), kernels.expert_bias(r2, self.b2)], -1)
         return self.leave(mixed) + bias
 
 
@@ -87,12 +88,13 @@ class HorizontalExperts(Experts):
         self.v = nn.Linear(inner, d, bias=False)
         self.b = nn.Parameter(torch.zeros(config.moe_experts, d))
 
-    def forward(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
-        """[T, d] -> [T, d]."""
+    def forward(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None) -> Tensor:
+        """[T, d] -> [T, d]; ``mask``: factors of the experts, [1 or H, E, E]."""
         mixed = kernels.horizontal_experts(
-            self.enter(x), g1.map(self.enter), g2.map(self.enter), self.u.weight, self.u.bias, self.v.weight
+            self.enter(x), g1.map(self.enter), g2.map(self.enter), mask, self.u.weight, self.u.bias, self.v.weight
         )
-        return self.leave(mixed) + kernels.expert_bias(g2, self.b)
+        _, r2 = kernels.expert_weights(g1, g2, mask)
+        return self.leave(mixed) + kernels.expert_bias(r2, self.b)
 
 
 EXPERTS: dict[str, type[VerticalExperts] | type[HorizontalExperts]] = {

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from monet_train.errors import UserError
 from monet_train.kernels import Gates
 from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask, rotary_tables
 from monet_train.model.auxiliary import GateSums, RouterReport, report
@@ -89,6 +90,9 @@ class RoutingGroup:
 
     def __init__(self, layers: list[MonetLayer], context: AttentionContext, keep_states: bool) -> None:
         self.layers = layers
+        router = layers[0].router
+        assert router is not None
+        self.mask = router.mask.factors  # also for a recomputation: it may be another by then
         self.context = context
         self.keep_states = keep_states
         self.statistics: BatchStatistics | None = None  # of the first pass; a recomputation reuses them
@@ -104,7 +108,7 @@ class RoutingGroup:
             tokens = x.flatten(0, 1)
             if layer.router is not None:
                 g1, g2, self.statistics = layer.router.route(tokens, self.statistics)
-            hidden = hidden + layer.moe(tokens, g1, g2).view_as(x)
+            hidden = hidden + layer.moe(tokens, g1, g2, self.mask).view_as(x)
             states.append(hidden)
         if self.keep_states:
             self.gates, self.states = (g1, g2), states
@@ -195,6 +199,45 @@ class MonetForCausalLM(nn.Module):
             hidden_states=states if output_hidden_states else None,
             routers=reports,
         )
+
+    def set_expert_mask(self, group: int, mask: Tensor) -> None:
+        """Switch experts of a routing group off, or scale them, in all its layers, in training and evaluation.
+
+        The output of a layer becomes Σ_h Σ_ij M_hij g1_hi g2_hj E_ij(x): gates are not renormalised, and a layer
+        whose experts are all off puts out 0. The auxiliary losses and ``router_probs`` are those of the unmasked
+        gates. A mask is no part of the state dict, gets no gradient, and replaces the group's earlier one. With
+        tensor parallelism every rank sets the same.
+
+        Args:
+            group: routing group, that is layer // moe_groups.
+            mask: M as bool (False = off) or factors; whatever broadcasts to [H, E, E], (head, half-expert i of side
+                1, half-expert j of side 2).
+
+        Examples::
+
+            keep = torch.ones(E, E, dtype=torch.bool)
+            keep[17, 402] = False               # expert (17, 402)
+            keep[17] = False                    # every expert with half-expert 17 of side 1
+            model.set_expert_mask(0, keep)
+            factors = torch.ones(E)
+            factors[402] = 0.5                  # half-expert 402 of side 2 at half its strength
+            model.set_expert_mask(1, factors)
+            heads = torch.tensor([1.0, 0.0, 2.0])[:, None, None]  # of H = 3
+            model.set_expert_mask(2, heads)     # head 1 off, head 2 doubled
+        """
+        router = self._router(group)
+        router.mask.set(mask, like=router.w1.weight)
+
+    def clear_expert_mask(self, group: int | None = None) -> None:
+        """Take the mask of a routing group away, or those of all groups."""
+        for router in self.model.routers() if group is None else (self._router(group),):
+            router.mask.clear()
+
+    def _router(self, group: int) -> Router:
+        routers = list(self.model.routers())
+        if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < len(routers):
+            raise UserError(f"group={group!r} is no routing group; use one of 0 to {len(routers) - 1}")
+        return routers[group]
 
     def _mean_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         counted = targets != IGNORED

@@ -30,7 +30,8 @@ def full_state_dict(model: MonetForCausalLM, topology: Topology, zero_stage: int
                 if is_main:
                     state[name] = full.to("cpu", copy=True).contiguous()
     if is_main:
-        state |= {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers()}
+        persistent = model.state_dict().keys()
+        state |= {n: buffer.to("cpu", copy=True) for n, buffer in model.named_buffers() if n in persistent}
     return state
 
 

@@ -78,9 +78,9 @@ class Case:
     def output(self, implementation: str) -> Tensor:
         g1, g2 = (kernels.route(z, self.threshold.to(z.dtype), implementation) for z in self.z)
         if self.layer == "vertical":
-            return kernels.vertical_experts(self.x, g1, g2, *self.weights)
+            return kernels.vertical_experts(self.x, g1, g2, None, *self.weights)
         if self.layer == "horizontal":
-            return kernels.horizontal_experts(self.x, g1, g2, *self.weights)
+            return kernels.horizontal_experts(self.x, g1, g2, None, *self.weights)
         return kernels.expert_bias(g2, self.weights[0])
 
     def run(self, implementation: str) -> list[Tensor | None]:

@@ -229,7 +229,7 @@ class VerticalExperts(nn.Module):
     def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
         """x [T, d], gates [T, H, E] -> [T, d]."""
         mixed = vertical_experts(
-            x, g1, g2,
+            x, g1, g2, None,
             self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
             self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
         )  # fmt: skip
@@ -248,7 +248,7 @@ class HorizontalExperts(nn.Module):
 
     def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
         """x [T, d], gates [T, H, E] -> [T, d]."""
-        mixed = horizontal_experts(x, g1, g2, self.u.weight, self.u.bias, self.v.weight)
+        mixed = horizontal_experts(x, g1, g2, None, self.u.weight, self.u.bias, self.v.weight)
         return mixed + expert_bias(g2, self.b)
 
 
