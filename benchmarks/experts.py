@@ -3,6 +3,7 @@
 Every subject computes the same thing on the same real routing (logits of random normal tokens):
 
 - ``native``: the sparse kernels, weights stored as published; for decoding by columns (``store_by_columns``)
+- ``masked``: the same with 10% of all experts, drawn at random, switched off
 - ``plain``: the definition in eager PyTorch, which is the published layer's formula
 - ``compiled``: the same under torch.compile (``--compile``)
 - ``products``: only the matrix products of that formula, the floor of any dense implementation
@@ -36,6 +37,7 @@ from monet_train.kernels import DenseGates, Gates, plain
 ROOT = Path(__file__).parents[1]
 SIZES = ("nano", "850m", "1.4b", "4.1b")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MASKED = 0.1  # share of the experts that ``masked`` switches off
 DECODE_LAYERS = 6  # weights of so many layers in turn: like a model's, they do not all stay in cache
 EPS = 1e-5
 
@@ -80,14 +82,15 @@ class Layer:
     def parameters(self) -> list[Tensor]:
         return [*self.inputs, *self.outputs, *self.biases]
 
-    def experts(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
+    def experts(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None = None) -> Tensor:
         operation = kernels.vertical_experts if self.form == "vertical" else kernels.horizontal_experts
-        return operation(x, g1, g2, None, *self.inputs, *self.outputs)
+        return operation(x, g1, g2, mask, *self.inputs, *self.outputs)
 
-    def with_bias(self, x: Tensor, g1: Gates, g2: Gates) -> Tensor:
-        sides = (g1, g2) if self.form == "vertical" else (g2,)
-        bias = [kernels.expert_bias(g, b) for g, b in zip(sides, self.biases, strict=True)]
-        return self.experts(x, g1, g2) + torch.cat(bias, -1)
+    def with_bias(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None = None) -> Tensor:
+        r1, r2 = kernels.expert_weights(g1, g2, mask)
+        sides = (r1, r2) if self.form == "vertical" else (r2,)
+        bias = [kernels.expert_bias(r, b) for r, b in zip(sides, self.biases, strict=True)]
+        return self.experts(x, g1, g2, mask) + torch.cat(bias, -1)
 
     def products(self, x: Tensor, hidden: Tensor) -> Tensor:
         """The matrix products alone; ``hidden`` stands for what the output layers multiply."""
@@ -139,23 +142,25 @@ def measure_layer(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
     dtype = DTYPES[options.dtype]
     x = torch.randn(options.tokens, sizes.d, dtype=dtype, requires_grad=True)
     layer = Layer(form, sizes, dtype)
-    routed = [route(x.detach(), router_weight(sizes, dtype), sizes, "native") for _ in range(2)]
+    routed1, routed2 = (route(x.detach(), router_weight(sizes, dtype), sizes, "native") for _ in range(2))
     gate_leaves: list[Tensor] = []
 
     def leaf(values: Tensor) -> Tensor:
         gate_leaves.append(values.detach().requires_grad_())
         return gate_leaves[-1]
 
-    gates: dict[str, list[Gates]] = {
-        "native": [g.map(leaf) for g in routed],
-        "plain": [DenseGates(leaf(g.dense())) for g in routed],
+    gates: dict[str, tuple[Gates, Gates]] = {
+        "native": (routed1.map(leaf), routed2.map(leaf)),
+        "plain": (DenseGates(leaf(routed1.dense())), DenseGates(leaf(routed2.dense()))),
     }
+    mask = random_mask(sizes)
     inner = layer.outputs[0].shape[1]
     hidden = torch.randn(options.tokens, inner, dtype=dtype, requires_grad=True)
     mlp_width = sizes.experts * sizes.m
     up, down = parameter(mlp_width, sizes.d, dtype=dtype), parameter(sizes.d, mlp_width, dtype=dtype)
     forwards: dict[str, Callable[[], Tensor]] = {
         "native": lambda: layer.experts(x, *gates["native"]),
+        "masked": lambda: layer.experts(x, *gates["native"], mask),
         "plain": lambda: layer.experts(x, *gates["plain"]),
         "products": lambda: layer.products(x, hidden),
         "mlp": lambda: F.linear(plain.relu_squared(F.linear(x, up)), down),
@@ -181,14 +186,16 @@ def measure_group(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
     routers = [router_weight(sizes, dtype).requires_grad_() for _ in range(2)]
     layers = [Layer(form, sizes, dtype) for _ in range(sizes.group)]
 
-    def forward(implementation: str) -> Tensor:
+    def forward(implementation: str, mask: Tensor | None = None) -> Tensor:
         g1, g2 = (route(x, weight, sizes, implementation) for weight in routers)
-        return sum((layer.with_bias(x, g1, g2) for layer in layers), start=x)
+        return sum((layer.with_bias(x, g1, g2, mask) for layer in layers), start=x)
 
     leaves = [x, *routers, *(weight for layer in layers for weight in layer.parameters)]
+    mask = random_mask(sizes)
     subjects = {
-        name: training_step(lambda name=name: forward(name), leaves)  # type: ignore[misc]
-        for name in ("native", "plain")
+        "native": training_step(lambda: forward("native"), leaves),
+        "masked": training_step(lambda: forward("native", mask), leaves),
+        "plain": training_step(lambda: forward("plain"), leaves),
     }
     seconds = medians_in_turn(subjects, options.rounds)
     return [row(f"{form} group", "forward+backward", options.tokens, seconds)]
@@ -203,11 +210,12 @@ def measure_decode(form: str, sizes: Sizes, options: argparse.Namespace) -> list
         "native": [Layer(form, sizes, dtype, by_columns=True) for _ in range(DECODE_LAYERS)],
         "plain": [Layer(form, sizes, dtype) for _ in range(DECODE_LAYERS)],
     }
-    gates = {name: [route(x, weight, sizes, name) for weight in routers] for name in layers}
+    gates = {name: tuple(route(x, weight, sizes, name) for weight in routers) for name in layers}
     hidden = torch.randn(1, layers["plain"][0].outputs[0].shape[1], dtype=dtype)
 
     def through_layers(name: str) -> Tensor:
-        return sum((layer.experts(x, *gates[name]) for layer in layers[name]), start=x)
+        g1, g2 = gates[name]
+        return sum((layer.experts(x, g1, g2) for layer in layers[name]), start=x)
 
     def through_products() -> Tensor:
         return torch.stack([layer.products(x, hidden).sum() for layer in layers["plain"]])
@@ -232,6 +240,10 @@ def measure_decode(form: str, sizes: Sizes, options: argparse.Namespace) -> list
 
 def router_weight(sizes: Sizes, dtype: torch.dtype) -> Tensor:
     return (torch.randn(sizes.heads * sizes.experts, sizes.d) * sizes.d**-0.5).to(dtype)
+
+
+def random_mask(sizes: Sizes) -> Tensor:
+    return (torch.rand(1, sizes.experts, sizes.experts) >= MASKED).float()
 
 
 def row(workload: str, mode: str, tokens: int, seconds: dict[str, float]) -> dict[str, Any]:

@@ -67,12 +67,17 @@ def train(overrides: Iterable[str], processes: int = 1, check: bool = True) -> s
     return command([*launcher, *overrides], check)
 
 
-def train_in_turn(runs: list[list[str]], processes: int, folder: Path, killed_at: int | None = None) -> None:
+def train_in_turn(
+    runs: list[list[str]],
+    processes: int,
+    folder: Path,
+    killed_at: int | None = None,
+    module: str = "tests.training.worker",
+) -> None:
     """Several trainings in the same processes. ``killed_at``: the last one is killed as it saves after that step."""
     plan = folder / f"plan_{processes}.json"
     kills = [None] * (len(runs) - 1) + [killed_at]
     plan.write_text(json.dumps([(free_port(), run, kill) for run, kill in zip(runs, kills, strict=True)]))
-    module = "tests.training.worker"
     launcher = [sys.executable, "-m", module] if processes == 1 else torchrun(processes, module)
     done = command([*launcher, str(plan)], check=killed_at is None)
     assert (done.returncode == 0) == (killed_at is None), done.stderr

@@ -1,0 +1,216 @@
+"""Experts switched off and scaled in a whole model; the layers' arithmetic is in tests/kernels/test_masks.py."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from monet_train.errors import UserError
+from monet_train.interop.generate import Sampling, generate_tokens
+from monet_train.interop.load import load_pretrained
+from monet_train.kernels import extension
+from monet_train.model.config import MonetConfig
+from monet_train.model.transformer import MonetForCausalLM
+from tests.conftest import GOLDEN
+from tests.model.conftest import tokens
+
+H, E, GROUPS, LAYERS = 3, 16, 2, 4
+IDS = tokens(2, 12)
+
+
+@pytest.fixture(params=["plain", "native"])
+def model(
+    request: pytest.FixtureRequest, config: MonetConfig, build: Callable[[MonetConfig], MonetForCausalLM]
+) -> MonetForCausalLM:
+    """With output biases that matter, and each implementation of the expert operations."""
+    if request.param == "native" and (reason := extension.missing()):
+        pytest.skip(f"native kernels: {reason}")
+    built = build(config)
+    generator = torch.Generator().manual_seed(1)
+    for layer in built.model.layers:
+        for name, parameter in layer.moe.named_parameters():
+            if name in ("b", "b1", "b2"):
+                parameter.data.normal_(generator=generator)
+    for router in built.model.routers():
+        router.implementation = request.param
+    return built
+
+
+def random_mask(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.3
+
+
+def logits(model: MonetForCausalLM) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def layer_outputs(model: MonetForCausalLM) -> list[Tensor]:
+    """What each expert layer puts out."""
+    found: list[Tensor] = []
+    hooks = [layer.moe.register_forward_hook(lambda *of: found.append(of[2])) for layer in model.model.layers]
+    logits(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_a_mask_is_for_every_layer_of_its_group_alone(model: MonetForCausalLM, group: int) -> None:
+    unmasked = logits(model)
+    model.set_expert_mask(group, torch.zeros(E, E, dtype=torch.bool))
+    off = [(output == 0).all().item() for output in layer_outputs(model)]
+    assert off == [layer // 2 == group for layer in range(LAYERS)]
+    model.clear_expert_mask(group)
+    assert torch.equal(logits(model), unmasked)
+
+
+def test_a_mask_replaces_the_last_and_clear_takes_all(model: MonetForCausalLM) -> None:
+    unmasked = logits(model)
+    first, second = random_mask(E, E), random_mask(H, E, E)
+    model.set_expert_mask(0, second)
+    expected = logits(model)
+    assert not torch.equal(expected, unmasked)
+    model.set_expert_mask(0, first)
+    model.set_expert_mask(1, first)
+    assert not torch.equal(logits(model), expected)
+    model.set_expert_mask(0, second)
+    model.clear_expert_mask(1)
+    assert torch.equal(logits(model), expected)
+    model.clear_expert_mask()
+    assert torch.equal(logits(model), unmasked)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (E,), (1, E), (E, 1), (E, E), (1, E, E), (H, 1, 1), (H, 1, E), (H, E, 1)], ids=str
+)
+def test_what_broadcasts(model: MonetForCausalLM, shape: tuple[int, ...]) -> None:
+    mask = random_mask(*shape)
+    model.set_expert_mask(0, mask)
+    by_shape = logits(model)
+    stored = next(model.model.routers()).mask.factors
+    assert stored is not None and len(stored) == (H if len(shape) == 3 and shape[0] == H else 1)
+    model.set_expert_mask(0, mask.expand(H, E, E).double())
+    torch.testing.assert_close(logits(model), by_shape, rtol=0, atol=0)
+
+
+def test_a_mask_is_copied(model: MonetForCausalLM) -> None:
+    mask = torch.ones(H, E, E)
+    model.set_expert_mask(0, mask)
+    before = logits(model)
+    mask.zero_()
+    assert torch.equal(logits(model), before)
+
+
+def test_ones_and_scales(model: MonetForCausalLM) -> None:
+    """Factors of s scale a layer's output by s, gates not being renormalised."""
+    unmasked, first = logits(model), layer_outputs(model)[0]
+    model.set_expert_mask(0, torch.ones(E, E))
+    torch.testing.assert_close(logits(model), unmasked, rtol=0, atol=1e-5)
+    model.set_expert_mask(0, torch.tensor(-2.5))
+    torch.testing.assert_close(layer_outputs(model)[0], -2.5 * first, rtol=1e-5, atol=1e-5)
+
+
+def test_gates_and_auxiliary_losses_are_those_without_a_mask(model: MonetForCausalLM) -> None:
+    def report() -> list[Tensor]:
+        out = copy.deepcopy(model).train()(IDS, output_router_probs=True)
+        gates = out.router_probs[0]
+        return [*gates, out.routers[0].uniformity, out.routers[0].ambiguity]
+
+    unmasked = report()
+    model.set_expert_mask(0, random_mask(E, E))
+    assert all(torch.equal(a, b) for a, b in zip(report(), unmasked, strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, H])
+def test_recomputation(model: MonetForCausalLM, heads: int) -> None:
+    """The mask of the forward pass is that of its backward pass, even where another was set between them."""
+    model.train()
+    model.set_expert_mask(0, random_mask(heads, E, E))
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        model.zero_grad()
+        model.model.recompute = recompute
+        loss = model(IDS, labels=IDS).loss
+        mask = next(model.model.routers()).mask.factors
+        model.clear_expert_mask()
+        loss.backward()
+        model.set_expert_mask(0, mask)
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))
+
+
+def test_training_goes_around_an_expert_that_is_off(model: MonetForCausalLM) -> None:
+    """Half-expert 5 of side 2 gets no gradient in the layers of the group where it is off, and one elsewhere."""
+    keep = torch.ones(E, dtype=torch.bool)
+    keep[5] = False
+    model.train()
+    model.set_expert_mask(0, keep)
+    model(IDS, labels=IDS).loss.backward()
+    name = "b2" if model.config.moe_decompose == "vertical" else "b"
+    gradients = [layer.moe.get_parameter(name).grad[5] for layer in model.model.layers]
+    assert [(gradient != 0).any().item() for gradient in gradients] == [False, False, True, True]
+
+
+def test_generation_with_a_cache() -> None:
+    model = load_pretrained(GOLDEN / "tiny_vertical")
+    greedy = Sampling(temperature=0)
+    unmasked = list(generate_tokens(model, [5, 6, 7], 20, greedy))
+    experts = model.config.moe_experts
+    model.set_expert_mask(0, random_mask(experts, experts))
+    masked = list(generate_tokens(model, [5, 6, 7], 20, greedy))
+    assert masked != unmasked
+    assert masked == list(generate_tokens(model, [5, 6, 7], 20, greedy, use_cache=False))
+
+
+def test_precision_and_state_dict(model: MonetForCausalLM) -> None:
+    names = model.state_dict().keys()
+    model.set_expert_mask(0, torch.full((E, E), 0.1))
+    assert model.state_dict().keys() == names
+    router = next(model.model.routers())
+    model.bfloat16()
+    assert router.mask.factors.dtype == torch.float32
+    assert (router.mask.factors == torch.tensor(0.1)).all()
+    assert logits(model).isfinite().all()
+    model.set_expert_mask(0, torch.full((E, E), 0.1))
+    assert router.mask.factors.dtype == torch.float32
+    model.double()
+    assert router.mask.factors.dtype == torch.float64
+    assert logits(model).dtype == torch.float64
+    model.to("meta")
+    assert router.mask.factors.device.type == "meta"
+
+
+BAD_MASKS: dict[str, tuple[object, str]] = {
+    "wrong experts": (torch.ones(E, E + 1), rf"mask of shape \[16, 17\] .* \[H, E, E\] = \[{H}, {E}, {E}\]"),
+    "wrong heads": (torch.ones(H + 1, 1, 1), r"mask of shape \[4, 1, 1\] does not broadcast"),
+    "four dimensions": (torch.ones(1, H, E, E), r"mask of shape \[1, 3, 16, 16\] does not broadcast"),
+    "nan": (torch.full((E, E), float("nan")), "mask has values that are not finite"),
+    "inf": (torch.full((E,), float("inf")), "mask has values that are not finite"),
+    "complex": (torch.ones(E, dtype=torch.complex64), "mask must be a tensor of bool .* not torch.complex64 values"),
+    "a list": ([True] * E, "mask must be a tensor of bool .* not list"),
+}
+
+
+@pytest.mark.parametrize(("mask", "message"), BAD_MASKS.values(), ids=BAD_MASKS.keys())
+def test_a_bad_mask_is_refused_and_the_last_one_stays(model: MonetForCausalLM, mask: Tensor, message: str) -> None:
+    model.set_expert_mask(0, random_mask(E, E))
+    before = logits(model)
+    with pytest.raises(UserError, match=message):
+        model.set_expert_mask(0, mask)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("group", [GROUPS, -1, 0.0, True, "0", None])
+def test_a_group_that_is_not_there_is_refused(model: MonetForCausalLM, group: int) -> None:
+    message = "is no routing group; use one of 0 to 1"
+    with pytest.raises(UserError, match=message):
+        model.set_expert_mask(group, torch.ones(E, E))
+    if group is not None:
+        with pytest.raises(UserError, match=message):
+            model.clear_expert_mask(group)
