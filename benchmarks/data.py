@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import resource
+import statistics
 import struct
 import subprocess
 import sys
@@ -28,20 +30,40 @@ from data_prep.__main__ import number
 from data_prep.documents import parse, read_chunks
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
-from data_prep.tokenizers import SentencePieceTokenizer, load_tokenizer
+from data_prep.tokenizers import BLOCK, SentencePieceTokenizer, load_tokenizer
 from monet_train.errors import one_line_errors
 
 DOCUMENT_TOKENS = 1000  # mean length of the made-up documents of `index`
 SEQUENCE = 2048
 
 
-@contextlib.contextmanager
-def timed(times: dict[str, tuple[float, float]], name: str) -> Iterator[None]:
-    """Keep the shortest time of ``name``, and the processor time of its processes then."""
-    started, before = time.perf_counter(), processor_seconds()
-    yield
-    taken = time.perf_counter() - started, processor_seconds() - before
-    times[name] = min(times.get(name, taken), taken)
+class Times:
+    """Wall and processor seconds of things that are measured in turn, by name."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[tuple[float, float]]] = {}
+
+    def add(self, name: str, wall: float, processor: float) -> None:
+        """One more measurement."""
+        self.taken.setdefault(name, []).append((wall, processor))
+
+    @contextlib.contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Measure a block: its processor time is that of the child processes that it starts."""
+        started, before = time.perf_counter(), processor_seconds()
+        yield
+        self.add(name, time.perf_counter() - started, processor_seconds() - before)
+
+    def medians(self, name: str) -> tuple[float, float]:
+        """Wall and processor seconds."""
+        wall, processor = zip(*self.taken[name], strict=True)
+        return statistics.median(wall), statistics.median(processor)
+
+    def ratio(self, name: str, other: str) -> tuple[float, float]:
+        """Median over the rounds of (time of ``name`` / time of ``other``), wall and processor."""
+        rounds = zip(self.taken[name], self.taken[other], strict=True)
+        wall, processor = zip(*((a[0] / b[0], a[1] / b[1]) for a, b in rounds), strict=True)
+        return statistics.median(wall), statistics.median(processor)
 
 
 def processor_seconds() -> float:
@@ -60,54 +82,60 @@ def tokenize(arguments: argparse.Namespace) -> None:
     """Our command end to end, the bare encoder in as many processes, `datasets.map` and writing; ids compared."""
     texts = read_texts(arguments.corpus)
     size = sum(len(text.encode()) for text in texts)
-    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {arguments.workers} processes, best of {arguments.repeats}")
-    times: dict[str, tuple[float, float]] = {}
+    print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {arguments.workers} processes, in turn, "
+          f"medians of {arguments.repeats} rounds; load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    times = Times()
+    bare_, ours, plain, start = "bare encoder", "monet-data shards", "datasets.map + writing", "start (one document)"
     for _ in range(arguments.repeats):
-        before = processor_seconds()
-        taken = bare(texts, arguments), processor_seconds() - before
-        times["bare encoder"] = min(times.get("bare encoder", taken), taken)
+        times.add(bare_, *bare(texts, arguments))
         with tempfile.TemporaryDirectory() as folder:
-            with timed(times, "monet-data shards"):
-                prepare(arguments, Path(folder) / "shards")
+            with times.of(ours):
+                prepare(arguments, Path(folder) / "shards", arguments.corpus)
+            (Path(folder) / "one.txt").write_text("One document.")
+            with times.of(start):
+                prepare(arguments, Path(folder) / "one", Path(folder) / "one.txt")
             if arguments.plain:
-                with timed(times, "datasets.map + writing"):
+                with times.of(plain):
                     map_and_write(texts, arguments, Path(folder))
-    with tempfile.TemporaryDirectory() as folder, timed(times, "start alone (one document)"):
-        prepare(arguments, Path(folder) / "one", "--max-documents", "1")
-    for name, (wall, processor) in times.items():
+    for name in times.taken:
+        wall, processor = times.medians(name)
         print(f"  {name:<28} {wall:8.2f} s {size / wall / 1e6:8.2f} MB/s  {processor:8.2f} s of processor time")
-    ours, bare_encoder = times["monet-data shards"], times["bare encoder"]
-    print(f"  of the bare encoder's speed: {bare_encoder[0] / ours[0]:.2f} (by processor time: "
-          f"{bare_encoder[1] / ours[1]:.2f})")  # fmt: skip
+    wall, processor = times.ratio(bare_, ours)
+    print(f"  of the bare encoder's speed: {wall:.2f} (by processor time: {processor:.2f})")
     if arguments.plain:
-        print(f"  times datasets.map + writing: {times['datasets.map + writing'][0] / ours[0]:.2f}")
+        wall, processor = times.ratio(plain, ours)
+        print(f"  times datasets.map + writing: {wall:.2f} (by processor time: {processor:.2f})")
+    print(f"  load at the end: {os.getloadavg()[0]:.1f}")
     if arguments.compare_ids:
         compare_ids(texts, arguments)
 
 
-def prepare(arguments: argparse.Namespace, out: Path, *options: str) -> None:
+def prepare(arguments: argparse.Namespace, out: Path, source: str | Path) -> None:
     """``monet-data shards`` in a process of its own."""
-    command = [sys.executable, "-m", "data_prep", "shards", arguments.corpus, "--tokenizer", arguments.tokenizer]
-    command += ["--out", str(out), "--workers", str(arguments.workers), *options]
+    command = [sys.executable, "-m", "data_prep", "shards", str(source), "--tokenizer", arguments.tokenizer]
+    command += ["--out", str(out), "--workers", str(arguments.workers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def bare(texts: list[str], arguments: argparse.Namespace) -> float:
-    """Seconds that ``workers`` processes take to encode the texts, which each already holds in memory."""
+def bare(texts: list[str], arguments: argparse.Namespace) -> tuple[float, float]:
+    """Wall seconds, and processor seconds of all, that ``workers`` processes take to encode what they have in memory.
+
+    Each has its texts and its tokenizer before the time starts.
+    """
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(arguments.workers + 1)
+    barrier, used = context.Barrier(arguments.workers + 1), context.Array("d", arguments.workers)
 
     def work(rank: int) -> None:
         tokenizer = load_tokenizer(Path(arguments.tokenizer))
         encoder = getattr(tokenizer, "_fast", None)
+        encode = encoder.encode_all if encoder else tokenizer.encode
         mine = texts[rank :: arguments.workers]
-        blocks = [mine[i : i + 64] for i in range(0, len(mine), 64)]
+        blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
         barrier.wait()
+        started = time.process_time()
         for block in blocks:
-            if encoder:
-                encoder.encode_all(block)
-            else:
-                tokenizer.encode(block)
+            encode(block)
+        used[rank] = time.process_time() - started
         barrier.wait()
 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(arguments.workers)]
@@ -116,10 +144,10 @@ def bare(texts: list[str], arguments: argparse.Namespace) -> float:
     barrier.wait()
     started = time.perf_counter()
     barrier.wait()
-    taken = time.perf_counter() - started
+    wall = time.perf_counter() - started
     for process in processes:
         process.join()
-    return taken
+    return wall, sum(used[rank] for rank in range(arguments.workers))
 
 
 def map_and_write(texts: list[str], arguments: argparse.Namespace, folder: Path) -> None:

@@ -7,6 +7,7 @@ bad; parquet and the hub go through the readers that `datasets` uses.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_prep.files import READ_ERRORS, open_source, unreadable
+from data_prep.files import READ_ERRORS, decompress, open_raw, open_source, unreadable
 from data_prep.recipe import ENORMOUS_BYTES, LABELS, Source
 from data_prep.sources import FileEntry, Part, open_hub
 from monet_train.errors import UserError
@@ -73,74 +74,97 @@ def read_chunks(part: Part) -> Iterator[Chunk]:
 
 def parse(chunk: Chunk) -> Parsed:
     """The documents of a chunk that the source's filters keep, and what is wrong with the others."""
-    parsed = Parsed([], [Reject(chunk.part.path, n, "enormous") for n in chunk.oversized], {})
-    source = chunk.part.source
+    sieve = _Sieve(chunk.part.source, chunk.part.path)
+    for number in chunk.oversized:
+        sieve.reject(number, "enormous")
     if chunk.part.kind == "files":
         for entry in chunk.payload:
-            _add(parsed, source, _read_file(entry), entry.path, 0, dict(entry.labels))
+            given = dict(entry.labels)
+            sieve.add(_read_file(entry), 0, [given.get(label) for label in LABELS], file=entry.path)
     elif isinstance(chunk.payload, bytes):
         plain = chunk.part.kind == "txt"
+        line: bytes
         for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first):
-            if not line.strip():
+            if not line or line.isspace():
                 continue
             if plain:
-                _add(parsed, source, line, chunk.part.path, number, {})
+                sieve.add(line, number, [None] * len(LABELS))
             else:
-                _add_record(parsed, source, _json(line), chunk.part.path, number)
+                sieve.add_record(_json(line), number)
     else:
         for number, record in enumerate(chunk.payload, chunk.first):
-            _add_record(parsed, source, record, chunk.part.path, number)
-    return parsed
+            sieve.add_record(record, number)
+    return sieve.parsed
 
 
-def _add_record(parsed: Parsed, source: Source, record: Any, file: str, line: int) -> None:
-    if isinstance(record, dict):
-        labels = {label: str(value) for label, name in source.fields.items() if (value := record.get(name)) is not None}
-        text, name = record.get(source.text, KeyError(source.text)), None
+class _Sieve:
+    """Sorts what a source gives into documents, rejects, and documents that the filters leave out."""
+
+    def __init__(self, source: Source, file: str) -> None:
+        self.parsed = Parsed([], [], {})
+        self._source, self._file = source, file
+        self._fields = [source.fields.get(label) for label in LABELS]
+        self._fixed = [(number, source.labels[label]) for number, label in enumerate(LABELS) if label in source.labels]
+        self._where = [(LABELS.index(label), wanted) for label, wanted in source.where.items()]
+
+    def reject(self, line: int, reason: str, file: str | None = None) -> None:
+        """Note a bad document."""
+        self.parsed.rejects.append(Reject(file or self._file, line, reason))
+
+    def add_record(self, record: Any, line: int) -> None:
+        """A record of jsonl, parquet or a hub dataset; a str is the reason why there is none."""
+        if not isinstance(record, dict):
+            reason = record if isinstance(record, str) else f"a record is a {type(record).__name__}, not an object"
+            return self.reject(line, reason)
+        source, name = self._source, None
         if source.id:
             name = record.get(source.id)
-            text = KeyError(source.id) if name is None else text
-        _add(parsed, source, text, file, line, labels, None if name is None else str(name))
-    else:
-        reason = record if isinstance(record, str) else f"a record is a {type(record).__name__}, not an object"
-        parsed.rejects.append(Reject(file, line, reason))
+            if name is None:
+                return self.reject(line, f"no field {source.id!r}")
+            name = str(name)
+        if source.text not in record:
+            return self.reject(line, f"no field {source.text!r}")
+        labels = [
+            None if field is None or (value := record.get(field)) is None else str(value) for field in self._fields
+        ]
+        return self.add(record[source.text], line, labels, name)
 
+    def add(
+        self, text: Any, line: int, labels: list[str | None], name: str | None = None, file: str | None = None
+    ) -> None:
+        """A text (str, bytes, or the error that came instead) with its labels in the order of LABELS."""
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                return self.reject(line, "invalid UTF-8", file)
+        if not isinstance(text, str):
+            reason = f"the text is a {type(text).__name__}"
+            if isinstance(text, Exception):
+                reason = f"cannot be read: {getattr(text, 'strerror', None) or text}"
+            return self.reject(line, reason, file)
+        if not text or text.isspace():
+            return self.reject(line, "empty", file)
+        if len(text) > ENORMOUS_BYTES:
+            return self.reject(line, "enormous", file)
+        size = _utf8_bytes(text)
+        if size is None:
+            return self.reject(line, "invalid UTF-8", file)
+        for number, value in self._fixed:
+            labels[number] = value
+        if unwanted := self._unwanted(text, labels):
+            self.parsed.filtered[unwanted] = self.parsed.filtered.get(unwanted, 0) + 1
+        else:
+            self.parsed.documents.append(Document(text, size, tuple(labels), name))
+        return None
 
-def _add(
-    parsed: Parsed, source: Source, text: Any, file: str, line: int, labels: dict[str, str], name: str | None = None
-) -> None:
-    """Add a document, or say why not. ``text``: str, bytes, or the exception that stands for it."""
-    reason, size = None, None
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError:
-            reason = "invalid UTF-8"
-    elif isinstance(text, KeyError):
-        reason = f"no field {text}"
-    elif isinstance(text, Exception):
-        reason = f"cannot be read: {getattr(text, 'strerror', None) or text}"
-    elif not isinstance(text, str):
-        reason = f"the text is a {type(text).__name__}"
-    if reason is None:
-        if not text.strip():
-            reason = "empty"
-        elif len(text) > ENORMOUS_BYTES:
-            reason = "enormous"
-        elif (size := _utf8_bytes(text)) is None:
-            reason = "invalid UTF-8"
-    if reason:
-        parsed.rejects.append(Reject(file, line, reason))
-        return
-    labels.update(source.labels)
-    for label, wanted in source.where.items():
-        if labels.get(label) not in wanted:
-            parsed.filtered[label] = parsed.filtered.get(label, 0) + 1
-            return
-    if len(text) < source.min_chars or (source.max_chars is not None and len(text) > source.max_chars):
-        parsed.filtered["length"] = parsed.filtered.get("length", 0) + 1
-        return
-    parsed.documents.append(Document(text, size or 0, tuple([labels.get(label) for label in LABELS]), name))
+    def _unwanted(self, text: str, labels: list[str | None]) -> str | None:
+        """The filter that leaves a document out."""
+        for number, wanted in self._where:
+            if labels[number] not in wanted:
+                return LABELS[number]
+        least, most = self._source.min_chars, self._source.max_chars
+        return "length" if len(text) < least or (most is not None and len(text) > most) else None
 
 
 def _utf8_bytes(text: str) -> int | None:
@@ -179,39 +203,29 @@ def _read_file(entry: FileEntry) -> bytes | Exception:
 
 def _read_lines(part: Part) -> Iterator[Chunk]:
     """Whole lines, about CHUNK_BYTES at a time; a line beyond ENORMOUS_BYTES is skipped and named."""
-    pending, first, position, told = bytearray(), 1, 0, 0
-    skipping = False
-    with open_source(part.path) as stream:
-        while True:
-            block = stream.read(CHUNK_BYTES)
-            position = _position(stream, position + len(block))
+    begun: list[bytes] = []  # a line whose end was not read yet
+    first, told, skipping = 1, 0, False
+    with open_raw(part.path) as raw, decompress(raw, part.path) as stream:
+        while block := stream.read(CHUNK_BYTES):
+            position = raw.tell()
             if skipping:
                 end = block.find(b"\n")
-                if end < 0 and block:
+                if end < 0:
                     continue
-                skipping, block_left = False, block[end + 1 :] if block else b""
                 yield Chunk(part, first, b"", position - told, (first,))
-                first, told = first + 1, position
-                pending += block_left
-            else:
-                pending += block
-            cut = pending.rfind(b"\n") + 1 if block else len(pending)
-            if cut:
-                data = bytes(pending[:cut])
-                del pending[:cut]
-                yield Chunk(part, first, data, position - told)
-                first, told = first + data.count(b"\n"), position
-            if not block:
-                return
-            if len(pending) > ENORMOUS_BYTES:
-                pending.clear()
-                skipping = True
-
-
-def _position(stream: Any, fallback: int) -> int:
-    """How far the file on disk was read: for gzip and xz the compressed position."""
-    raw = getattr(stream, "fileobj", None) or getattr(stream, "_fp", None)
-    return raw.tell() if raw is not None else fallback
+                first, told, skipping = first + 1, position, False
+                block = block[end + 1 :]
+            if cut := block.rfind(b"\n") + 1:
+                lines = b"".join((*begun, memoryview(block)[:cut]))
+                yield Chunk(part, first, lines, position - told)
+                first, told, begun = first + lines.count(b"\n"), position, []
+            begun.append(block[cut:])
+            if sum(map(len, begun)) > ENORMOUS_BYTES:
+                begun, skipping = [], True
+        if skipping:
+            yield Chunk(part, first, b"", raw.tell() - told, (first,))
+        elif any(begun):
+            yield Chunk(part, first, b"".join(begun), raw.tell() - told)
 
 
 def _read_txt(part: Part) -> Iterator[Chunk]:
@@ -229,7 +243,7 @@ def _read_files(part: Part) -> Iterator[Chunk]:
         path = Path(entry.path)
         size += path.stat().st_size if path.exists() else 0
         if size >= CHUNK_BYTES or number == len(part.files) - 1:
-            yield Chunk(part, 1, tuple(group), size)
+            yield Chunk(dataclasses.replace(part, files=()), 1, tuple(group), size)
             group, size = [], 0
 
 

@@ -27,24 +27,36 @@ def open_source(path: str) -> Any:
     Raises:
         UserError: it cannot be opened.
     """
+    return decompress(open_raw(path), path)
+
+
+def open_raw(path: str) -> Any:
+    """Open a local file or an fsspec address for reading bytes, as they lie there.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
     try:
         if is_remote(path):
             import fsspec
 
-            raw: Any = fsspec.open(path, "rb").open()
-        else:
-            raw = Path(path).open("rb")  # noqa: SIM115 - the caller closes it
-        if path.endswith(".gz"):
-            return gzip.GzipFile(fileobj=raw)
-        if path.endswith(".xz"):
-            return lzma.LZMAFile(raw)
-        if path.endswith(".zst"):
-            import pyarrow
-
-            return pyarrow.CompressedInputStream(raw, "zstd")
-        return raw
+            return fsspec.open(path, "rb").open()
+        return Path(path).open("rb")
     except (OSError, ImportError, ValueError) as error:
         raise unreadable(path, error) from None
+
+
+def decompress(raw: Any, path: str) -> Any:
+    """A stream of the bytes that ``raw`` holds, decompressed by the suffix of ``path``."""
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.endswith(".xz"):
+        return lzma.LZMAFile(raw)
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(raw, "zstd")
+    return raw
 
 
 def unreadable(path: str, error: BaseException) -> UserError:

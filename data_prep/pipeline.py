@@ -124,7 +124,13 @@ class RejectsLog:
 
 
 def make_shards(
-    plan: Plan, folder: Path, begin: Begin, parts_end: int, log: RejectsLog | None, stop: Position | None = None
+    plan: Plan,
+    encoder: Encoder,
+    folder: Path,
+    begin: Begin,
+    parts_end: int,
+    log: RejectsLog | None,
+    stop: Position | None = None,
 ) -> Iterator[Finished]:
     """Write shards from ``begin`` to the end of the parts, the recipe's bounds, or ``stop``; yield each when it stands.
 
@@ -139,7 +145,7 @@ def make_shards(
     writer: ShardWriter | None = None
     with _Finisher() as finisher:
         try:
-            for position, encoded in _encoded(plan, begin.position, parts_end):
+            for position, encoded in _encoded(plan, encoder, begin.position, parts_end):
                 yield from finisher.ready()
                 if log and position.document == 0:
                     log.note(encoded)
@@ -229,7 +235,7 @@ def _cut(encoded: Encoded, begin: int, end: int, room: int) -> int:
     return begin + min(end - begin, int(np.searchsorted(sizes, room)) + 1)
 
 
-def _encoded(plan: Plan, start: Position, parts_end: int) -> Iterator[tuple[Position, Encoded]]:
+def _encoded(plan: Plan, encoder: Encoder, start: Position, parts_end: int) -> Iterator[tuple[Position, Encoded]]:
     """Chunks from ``start`` on, encoded; each with the position of its first wanted document."""
     positions: deque[Position] = deque()
     parts = range(start.part, parts_end)
@@ -245,10 +251,7 @@ def _encoded(plan: Plan, start: Position, parts_end: int) -> Iterator[tuple[Posi
                 yield chunk
 
     total = sum(plan.parts[part].size for part in parts) or None
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
-        Encoder(plan.tokenizer, plan.options.workers) as encoder,
-    ):
+    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress:
         for chunk, encoded in encoder.encode(chunks()):
             progress.update(chunk.read_bytes)
             yield positions.popleft(), encoded

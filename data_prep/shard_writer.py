@@ -107,7 +107,7 @@ class ShardWriter:
 def _count(column: Any, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
     """Documents, tokens and bytes by value of a dictionary array; the rarest of very many values are summed up."""
     values = [*column.dictionary.to_pylist(), NO_VALUE]
-    codes = column.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
+    codes = np.nan_to_num(column.indices.to_numpy(zero_copy_only=False), nan=len(values) - 1).astype(np.int64)
     sums = [np.bincount(codes, weights, len(values)).astype(np.int64) for weights in (None, lengths, sizes)]
     rows = {value: [int(x) for x in row] for value, *row in zip(values, *sums, strict=True) if row[0]}
     kept = sorted(rows, key=lambda value: (-rows[value][1], value))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.encode import Encoder
 from data_prep.files import write_whole
 from data_prep.ids import find_duplicates
 from data_prep.journal import Journal, exclusive, other_recipe, recipe_of
@@ -34,21 +35,22 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
         raise UserError("--max-documents and --max-bytes bound the whole corpus and cannot be used with --tasks")
     if not 0 <= options.task < options.tasks:
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
-    plan = Plan(recipe, list_parts(recipe), tokenizer, options)
-    with exclusive(folder, f".lock{_task_suffix(options)}"):
-        try:
-            return _prepare(plan, folder)
-        except OSError as error:
-            raise disk_error(folder, error) from None
+    with Encoder(tokenizer, options.workers) as encoder:
+        plan = Plan(recipe, list_parts(recipe), tokenizer, options)
+        with exclusive(folder, f".lock{_task_suffix(options)}"):
+            try:
+                return _prepare(plan, encoder, folder)
+            except OSError as error:
+                raise disk_error(folder, error) from None
 
 
-def _prepare(plan: Plan, folder: Path) -> Manifest | None:
+def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
     asked, suffix = plan.describe(), _task_suffix(plan.options)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.read(folder)
         if manifest.recipe != asked:
             raise other_recipe(folder, manifest.recipe, asked)
-        _rebuild(plan, folder, manifest)
+        _rebuild(plan, encoder, folder, manifest)
         return manifest
     journal = Journal(folder / f"progress{suffix}.jsonl")
     if not journal.path.exists():
@@ -61,7 +63,7 @@ def _prepare(plan: Plan, folder: Path) -> Manifest | None:
         begin = Begin.after(journal.shards, Position(parts.start, 0, 0))
         log = RejectsLog(folder / f"rejects{suffix}.jsonl", copy.deepcopy(journal.totals))
         kept = begin.documents
-        for shard, totals in make_shards(plan, folder, begin, parts.stop, log):
+        for shard, totals in make_shards(plan, encoder, folder, begin, parts.stop, log):
             journal.add(shard, totals)
             kept += shard.documents
             _judge(log, kept, ENOUGH_TO_JUDGE, plan.options.max_bad_share)
@@ -133,7 +135,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
     return manifest
 
 
-def _rebuild(plan: Plan, folder: Path, manifest: Manifest) -> None:
+def _rebuild(plan: Plan, encoder: Encoder, folder: Path, manifest: Manifest) -> None:
     """Make this task's shards of the manifest again whose files are gone or cut short; they must come out as before."""
     mine = plan.range_of(plan.options.task)
     shards = [shard for shard in manifest.shards if shard.start.part in mine]
@@ -141,7 +143,7 @@ def _rebuild(plan: Plan, folder: Path, manifest: Manifest) -> None:
         if _stands(folder, shard):
             continue
         begin = Begin.after(shards[:number], shard.start)._replace(position=shard.start)
-        made = next(make_shards(plan, folder, begin, mine.stop, None, shard.end)).shard
+        made = next(make_shards(plan, encoder, folder, begin, mine.stop, None, shard.end)).shard
         if made != shard:
             for suffix in made.files:
                 (folder / f"{shard.name}.{suffix}").unlink()

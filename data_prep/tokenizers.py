@@ -17,9 +17,7 @@ from monet_train.data.manifest import TokenizerRecord
 from monet_train.errors import UserError
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
-BLOCK = (
-    64  # texts encoded at once; the ids of more fall out of the processor's caches, which costs a fifth of the speed
-)
+BLOCK = 8  # texts encoded at once; the ids of more fall out of the processor's caches
 COMPARED_CHARS = 200  # of one text a call, to see that the fast encoder is right
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 

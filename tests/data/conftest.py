@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_prep.__main__ import main
 from data_prep.pipeline import ShardOptions
 from data_prep.recipe import Recipe, Source, recipe_from
 from data_prep.shards import prepare as prepare_shards
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import TokenizerOptions, train_tokenizer
-from monet_train.data.megatron import IndexedDatasetBuilder
+from monet_train.data.manifest import Manifest
+from monet_train.data.megatron import IndexedDataset, IndexedDatasetBuilder
 
 REPOSITORY = Path(__file__).parents[2]
 SENTENCES = "The cat sat on the mat.\nЁжик в тумане, 北京欢迎你 — naïve café.\n\tdef f(x):\n        return x + 1\n"
@@ -73,3 +76,42 @@ def write_megatron(prefix: Path, documents: list[list[list[int]]]) -> Path:
         builder.add_document(np.concatenate(document), [len(sequence) for sequence in document])
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+def command(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run ``monet-data`` in this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["monet-data", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``data(arguments...)`` -> exit status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = command(*arguments, monkeypatch=monkeypatch)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def documents_of(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """The decoded documents, with a check that each ends with the end-of-text token once."""
+    texts = []
+    for record in Manifest.read(folder).shards:
+        shard = IndexedDataset(str(folder / record.name))
+        for i in range(len(shard)):
+            tokens = shard[i].tolist()
+            assert tokens[-1] == tokenizer.record.eos_id and tokens.count(tokenizer.record.eos_id) == 1
+            texts.append(tokenizer.decode(tokens[:-1]))
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -11,8 +11,7 @@ import pytest
 
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
-from tests.data.conftest import REPOSITORY, text_of
-from tests.data.test_prepare import documents_of
+from tests.data.conftest import REPOSITORY, documents_of, text_of
 
 DEADLINE_SECONDS = 240
 

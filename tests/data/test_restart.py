@@ -1,0 +1,223 @@
+"""Stopped, killed, out of disk, out of sources: what is there stays whole, and the same command goes on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import data_prep.documents
+import data_prep.encode
+import data_prep.ids
+import data_prep.shard_writer
+import data_prep.shards
+from data_prep.__main__ import main
+from data_prep.tokenizers import Tokenizer
+from monet_train.data.manifest import Manifest
+from tests.data.conftest import REPOSITORY, contents
+
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Also the rejects file and its counts: every 13th line is bad."""
+    lines = [line for name in ("part-0", "part-1") for line in (jsonl / f"{name}.jsonl").read_text().splitlines()]
+    source = tmp_path / "mixed.jsonl"
+    source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
+    options = ["shards", str(source), "--tokenizer", str(tokenizer.path), "--workers", "1",
+               "--tokens-per-shard", "4000", "--max-bad-share", "0.5", "--out"]  # fmt: skip
+
+    def run(at: int, out: Path) -> int:
+        """Status of a forked process that kills itself at the n-th fsync of a shard's file: no timing decides.
+
+        Small chunks, so that shards end within them and between them.
+        """
+        child = os.fork()
+        if child == 0:
+            inner, count = data_prep.shard_writer.sync, itertools.count(1)
+
+            def sync(path: Path) -> None:
+                if next(count) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                inner(path)
+
+            data_prep.shard_writer.sync = sync
+            data_prep.documents.CHUNK_BYTES = 5000
+            sys.argv = ["monet-data", *options, str(out)]
+            try:
+                main()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    out, whole = tmp_path / "killed", tmp_path / "whole"
+    assert run(0, whole) == 0
+    for at in (1, 6, 8, 7, 9):
+        assert run(at, out) == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+    left = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.bin")}
+    assert len(left) >= 2
+    assert run(0, out) == 0
+    assert contents(out) == contents(whole)
+    assert (out / "shard-00000.bin").stat().st_mtime_ns == left["shard-00000.bin"], "finished shards stay"
+    assert Manifest.read(out).rejected == {"not JSON": 24}
+    assert len((out / "rejects.jsonl").read_text().splitlines()) == 24
+
+
+def test_the_same_command_again_does_nothing_another_is_refused(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    assert data(*arguments)[0] == 0
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").iterdir()}
+    assert data(*arguments)[0] == 0
+    status, _, err = data(*arguments, "--min-chars", 100)
+    assert status == 2 and "belongs to another corpus (differs in: sources)" in err
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time, pathlib; from data_prep.journal import exclusive\n"
+         "with exclusive(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, cwd=REPOSITORY,
+    )  # fmt: skip
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        status, _, err = data("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out")
+        assert status == 2 and "being written by another run" in err
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        out = disk / "out"
+        arguments = (
+            "shards",
+            jsonl / "*.jsonl",
+            "--tokenizer",
+            tokenizer.path,
+            "--out",
+            out,
+            "--tokens-per-shard",
+            4000,
+        )
+        status, _, err = data(*arguments, "--workers", 1)
+        assert status == 2 and err.count("\n") == 1 and "cannot be written (No space left on device)" in err
+        names = {path.name for path in out.iterdir()}
+        assert "manifest.json" not in names and not [name for name in names if name.endswith(".tmp")]
+        for path in out.glob("shard-*.bin"):
+            assert path.read_bytes() == (shards / path.name).read_bytes(), "what has a final name is whole"
+        subprocess.run(["mount", "-o", "remount,size=10M", disk], check=True)
+        assert data(*arguments, "--workers", 1)[0] == 0
+        assert contents(out) == contents(shards)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    arguments = ("shards", sources / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+                 "--tokens-per-shard", 4000, "--workers", 1)  # fmt: skip
+    listed = data_prep.shards.list_parts
+
+    def vanish_after_listing(recipe):
+        parts = listed(recipe)
+        (sources / "part-1.jsonl").rename(tmp_path / "away.jsonl")
+        return parts
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data_prep.shards, "list_parts", vanish_after_listing)
+        status, _, err = data(*arguments)
+    assert status == 2 and err.count("\n") == 1 and "part-1.jsonl cannot be read (No such file" in err
+    (tmp_path / "away.jsonl").rename(sources / "part-1.jsonl")
+    assert data(*arguments)[0] == 0
+    assert contents(tmp_path / "out") == contents(shards)
+
+
+def test_a_changed_source_does_not_continue_another_corpus(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    arguments = (
+        "shards",
+        sources / "*.jsonl",
+        "--tokenizer",
+        tokenizer.path,
+        "--out",
+        tmp_path / "out",
+        "--workers",
+        1,
+    )
+    assert data(*arguments)[0] == 0
+    with (sources / "part-0.jsonl").open("a") as stream:
+        stream.write('{"text": "one more"}\n')
+    status, _, err = data(*arguments)
+    assert status == 2 and "differs in: files" in err
+
+
+def kill_self(*_: object) -> None:
+    """What the kernel does to a worker that needs too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(data_prep.encode, "_work", kill_self)
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 2)
+    status, _, err = data(*arguments)
+    assert status == 2 and err.count("\n") == 1 and "a worker process was killed (out of memory?)" in err
+    assert not list((tmp_path / "out").glob("shard*"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(how: int, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "long.jsonl"
+    source.write_text((jsonl / "part-0.jsonl").read_text() * 1000)
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "data_prep", "shards", source, "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+         "--workers", "2"], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert wait_for(lambda: len(worker_ids(parent.pid)) == 2 and list((tmp_path / "out").glob(".shard*")))
+        workers = list(worker_ids(parent.pid))
+        os.killpg(parent.pid, how) if how == signal.SIGINT else parent.kill()
+        _, err = parent.communicate(timeout=60)
+        assert wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    finally:
+        parent.kill()
+    if how == signal.SIGINT:
+        assert parent.returncode == 130 and err.strip() == "interrupted"
+        assert not list((tmp_path / "out").glob("*shard*"))
+
+
+def worker_ids(parent: int) -> list[str]:
+    """Process ids of a process's workers."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return children.read_text().split() if children.exists() else []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> bool:
+    """Whether a condition becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(condition())

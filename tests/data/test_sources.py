@@ -1,0 +1,176 @@
+"""What a source may be: formats, folders, object storage, the hub; filters and bad documents."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data_prep.documents
+import data_prep.encode
+import data_prep.ids
+import data_prep.shard_writer
+import data_prep.shards
+from data_prep.recipe import LABELS, load_recipe
+from data_prep.tokenizers import Tokenizer
+from data_prep.verify import verify
+from monet_train.data.manifest import Manifest
+from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
+
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.xz", "jsonl.zst", "parquet", "parquet.zst", "txt"])
+def test_formats_give_the_same_documents(
+    kind: str, prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = [text_of(i) for i in range(40)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    file = tmp_path / f"corpus.{kind}"
+    options = {}
+    if kind == "jsonl.gz":
+        file.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))  # members, as cat makes them
+    elif kind == "jsonl.xz":
+        file.write_bytes(lzma.compress(lines))
+    elif kind == "jsonl.zst":
+        file.write_bytes(
+            pyarrow.compress(lines[:1000], "zstd", asbytes=True) + pyarrow.compress(lines[1000:], "zstd", asbytes=True)
+        )
+    elif kind == "txt":
+        texts = [text.split("\n")[0] for text in texts]
+        file.write_text("\n".join(texts), encoding="utf-8")
+        options = {"txt": "line"}
+    else:
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "n": range(40)}), sink, row_group_size=7)
+        raw = sink.getvalue()
+        file.write_bytes(pyarrow.compress(raw, "zstd", asbytes=True) if kind.endswith("zst") else raw)
+    assert documents_of(prepare(tmp_path / "out", [str(file)], **options), tokenizer) == texts
+
+
+def test_a_folder_of_source_code(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    code = tmp_path / "project"
+    (code / "src").mkdir(parents=True)
+    (code / ".git").mkdir()
+    (code / "src" / "a.py").write_text("x = 1\n")
+    (code / "b.rs").write_text("fn main() {}\n")
+    (code / ".git" / "c.py").write_text("hidden = True\n")
+    (code / "picture.png").write_bytes(b"\x89PNG")
+    manifest = Manifest.read(prepare(tmp_path / "out", [str(code)]))
+    (record,) = manifest.shards
+    assert {value: counts[0] for value, counts in record.labels["lang"].items()} == {"python": 1, "rust": 1}
+    assert list(record.labels["source"]) == ["project"]
+
+
+def test_the_installed_python_is_a_corpus(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    arguments = ("shards", "python", "--max-bytes", "300k", "--tokenizer", tokenizer.path, "--workers", 1)
+    assert data(*arguments, "--out", tmp_path / "a")[0] == 0
+    assert data(*arguments, "--out", tmp_path / "b")[0] == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    manifest = Manifest.read(tmp_path / "a")
+    assert 200_000 < manifest.text_bytes <= 300_000
+    assert "python-stdlib" in manifest.shards[0].labels["source"]
+    assert b"def " in " ".join(documents_of(tmp_path / "a", tokenizer)).encode()
+
+
+def test_filters_leave_documents_out_and_count_them(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    manifest = Manifest.read(prepare(tmp_path / "out", where={"lang": ["ru"]}, min_chars=100))
+    assert list(manifest.shards[0].labels["lang"]) == ["ru"]
+    assert manifest.filtered["lang"] == 150
+    assert manifest.documents + sum(manifest.filtered.values()) == 300 and manifest.filtered["length"] > 0
+
+
+def test_bad_documents_are_reported_with_file_and_line(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    good = json.dumps({"text": "good"}).encode()
+    bad = {
+        2: (b"{not json", "not JSON"),
+        3: (b'{"text": "\xff\xfe"}', "invalid UTF-8"),
+        4: (b'{"text": ""}', "empty"),
+        5: (b'{"text": 3}', "the text is a int"),
+        6: (b'{"title": "x"}', "no field 'text'"),
+        7: (b"[1, 2]", "a record is a list, not an object"),
+        8: (b'{"text": "\\ud800"}', "invalid UTF-8"),
+        9: (b'"only a string"', "a record is a str, not an object"),
+    }
+    file = tmp_path / "mixed.jsonl"
+    file.write_bytes(b"\n".join(bad.get(n, (good,))[0] for n in range(1, 31)) + b"\n\n")
+    arguments = ("shards", file, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    status, _, err = data(*arguments)
+    assert status == 2 and "8 of 30 documents are bad" in err and "--max-bad-share" in err
+    status, out, _ = data(*arguments, "--max-bad-share", 0.5)
+    assert status == 0 and "8 bad documents" in out
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {r["line"]: r["reason"] for r in rejects} == {n: reason for n, (_, reason) in bad.items()}
+    assert {r["file"] for r in rejects} == {str(file)}
+    assert Manifest.read(tmp_path / "out").documents == 22
+
+
+def test_an_enormous_line_costs_one_document(
+    prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(data_prep.documents, "ENORMOUS_BYTES", 1 << 20)
+    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 1 << 16)
+    lines = [json.dumps({"text": text}) for text in [text_of(n) for n in range(300)]]
+    lines.insert(100, json.dumps({"text": "x" * (5 << 20)}))
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    out = prepare(tmp_path / "out", [str(tmp_path / "c.jsonl")])
+    assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]
+    assert json.loads((out / "rejects.jsonl").read_text()) == {
+        "file": str(tmp_path / "c.jsonl"), "line": 101, "reason": "enormous"
+    }  # fmt: skip
+    assert Manifest.read(out).rejected == {"enormous": 1}
+
+
+def test_object_storage_is_read_and_not_written(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for path in jsonl.glob("*.jsonl"):
+        store.pipe(f"/bucket/{path.name}.gz", gzip.compress(path.read_bytes()))
+    arguments = ("shards", "memory://bucket/*.jsonl.gz", "--tokenizer", tokenizer.path, "--workers", 1, "--out")
+    assert data(*arguments, tmp_path / "out")[0] == 0
+    assert documents_of(tmp_path / "out", tokenizer) == [text_of(i) for i in range(300)]
+    status, _, err = data(*arguments, "memory://bucket/out")
+    assert status == 2 and "memory://bucket/out is not on a file system" in err and err.count("\n") == 1
+    assert not (Path.cwd() / "memory:").exists()
+    assert "cannot be listed" in data("shards", "nosuch://bucket/x.jsonl", *arguments[2:], tmp_path / "o")[2]
+
+
+def test_a_hub_dataset_is_streamed(
+    prepare: Callable[..., Path], tokenizer: Tokenizer, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's reader over local files: the same streaming classes, without a network."""
+    import datasets
+
+    real = datasets.load_dataset
+    calls = []
+
+    def local(name: str, config: str | None, **options: object) -> object:
+        calls.append((name, config, options["split"]))
+        return real("json", data_files=str(jsonl / "*.jsonl"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    out = prepare(tmp_path / "out", ["hf:owner/name:sample"])
+    assert sorted(documents_of(out, tokenizer)) == sorted(text_of(i) for i in range(300))
+    assert set(calls) == {("owner/name", "sample", "train")}
+    assert Manifest.read(out).shards[0].labels["lang"].keys() == {"en", "ru"}
+
+
+@pytest.mark.skipif(not CORPORA.is_dir(), reason="../shared/corpora is not there")
+def test_real_corpora_with_labels(data, tmp_path: Path) -> None:
+    source = str(CORPORA / "wiki_*.jsonl.zst")
+    assert data("tokenizer", source, "--sample-bytes", "1M", "--vocab-size", 2000, "--out", tmp_path / "t")[0] == 0
+    arguments = ("shards", source, "--where", "lang=es,fr", "--max-documents", 500, "--tokenizer", tmp_path / "t")
+    assert data(*arguments, "--out", tmp_path / "out", "--workers", 1)[0] == 0
+    manifest, problems = verify(tmp_path / "out")
+    assert problems == [] and manifest.documents == 500
+    assert set(manifest.shards[0].labels["lang"]) <= {"es", "fr"} and len(manifest.shards[0].labels["domain"]) > 3
+    assert np.dtype(manifest.dtype) == np.uint16
+    assert load_recipe(REPOSITORY / "conf/data_prep/labelled_jsonl.yaml").sources[0].fields.keys() == set(LABELS)

@@ -1,0 +1,93 @@
+"""Tokenizers: trained, taken over, and their fast encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from monet_train.errors import UserError
+from tests.data.conftest import REPOSITORY, text_of
+
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
+
+
+def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:
+    record = tokenizer.record
+    assert (record.vocabulary_size, record.unk_id, record.bos_id, record.eos_id) == (400, 0, 1, 2)
+    for text in ("  two  spaces\n\n\ttab", "🦔 unseen ∮ characters", " leading", "trailing \n"):
+        (ids,) = tokenizer.encode([text])
+        assert tokenizer.decode(ids) == text and record.unk_id not in ids
+    report = json.loads((tokenizer.path.parent / "report.json").read_text())
+    (row,) = report["sources"].values()
+    assert row["documents"] == 300 and row["round_trip_failures"] == 0 and row["unknown_rate"] == 0
+    assert 1.5 < row["bytes_per_token"] < 10
+    again = ["tokenizer", jsonl / "*.jsonl", "--vocab-size"]
+    assert data(*again, 410, "--out", tokenizer.path.parent)[2].startswith("error: ")
+
+
+def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -> None:
+    pytest.importorskip("kitoken")
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    odd = [
+        "",
+        "</s>",
+        "a<s>b",
+        "<0x0A>",
+        "\0",
+        "  \n\n\t",
+        "▁▁",
+        "e\u0301",
+        "\ufeffx",
+        "🦔" * 30,
+        " " * 500,
+        "0123456789",
+    ]
+    texts = [text_of(i) for i in range(300)] + odd + [a + b for a in odd for b in odd]
+    assert tokenizer._fast is not None, "BPE with byte fallback is encoded fast"
+    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+
+
+def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        def encode(self, text: str) -> list[int]:
+            return [5]
+
+    monkeypatch.setattr(tokenizer, "_fast", Wrong())
+    with pytest.raises(UserError, match=r"kitoken encodes .* differently"):
+        tokenizer.encode(["some text"])
+
+
+def test_a_unigram_model_is_encoded_by_sentencepiece(jsonl: Path, data, tmp_path: Path) -> None:
+    source = (jsonl / "*.jsonl", "--vocab-size", 316, "--model-type", "unigram", "--out", tmp_path)
+    assert data("tokenizer", *source)[0] == 0
+    unigram = load_tokenizer(tmp_path)
+    assert isinstance(unigram, SentencePieceTokenizer) and unigram._fast is None
+    assert unigram.decode(unigram.encode([text_of(2)])[0]) == text_of(2)
+
+
+def test_a_tokenizer_of_an_installed_package() -> None:
+    pytest.importorskip("mistral_common", reason="needs the extra [bench]")
+    assert load_tokenizer(Path("mistral_common:data/tokenizer.model.v1")).record.vocabulary_size == 32000
+    with pytest.raises(UserError, match="no installed package 'nowhere'"):
+        load_tokenizer(Path("nowhere:model"))
+
+
+def test_a_hugging_face_tokenizer_serves_too(jsonl: Path, prepare, tmp_path: Path) -> None:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator([text_of(i) for i in range(50)], trainer)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.record.eos_id == 0 and tokenizer.record.kind == "huggingface"
+    (ids,) = tokenizer.encode([text_of(3)])
+    assert tokenizer.decode(ids) == text_of(3)

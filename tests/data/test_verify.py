@@ -1,0 +1,53 @@
+"""`monet-data verify` and `info`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_prep.verify import verify
+from tests.data.conftest import REPOSITORY, contents, text_of
+
+CORPORA = REPOSITORY.parent / "shared" / "corpora"
+
+
+@pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])
+def test_verify_finds_damage(damage: str, data, prepare: Callable[..., Path], tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    assert data("verify", out)[0] == 0
+    file = out / {"token": "shard-00001.bin", "order": "shard-00001.idx", "labels": "shard-00000.labels.parquet",
+                  "tokenizer": "tokenizer.model", "extra": "shard-99999.bin"}[damage]  # fmt: skip
+    content = bytearray(file.read_bytes() if file.exists() else b"?")
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 1 and file.name in err
+
+
+def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "shard-00002.bin").write_bytes(b"broken")
+    _, problems = verify(out)
+    assert len(problems) == 1 and "shard-00002.bin has 6 bytes" in problems[0] and "rebuild it alone" in problems[0]
+    prepare(out)  # a file cut short is as good as none
+    assert contents(out) == contents(shards)
+    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
+    assert changed == {f"shard-00002.{suffix}" for suffix in ("bin", "idx", "labels.parquet")}
+
+
+def test_info_shows_counts_labels_lengths_and_samples(data, shards: Path) -> None:
+    status, out, _ = data("info", shards, "--samples", 10)
+    assert status == 0
+    assert "documents    300" in out and " ru " in out and "####" in out
+    assert out.count("\n  document ") == 10 and repr(text_of(0)[:40])[1:-1] in out
+
+
+def test_info_draws_the_lengths(data, shards: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert data("info", shards, "--png", tmp_path / "lengths.png")[0] == 0
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    status, _, err = data("info", shards, "--png", tmp_path / "lengths.nonsense")
+    assert status == 2 and err.count("\n") == 1 and "lengths.nonsense cannot be written" in err
