@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "../cpu/experts.h"
-#include "../cpu/products.h"
+#include "../cpu/instruction_sets.h"
 #include "../cpu/route.h"
 #include "../parallel.h"
 #include "tensors.h"

@@ -2,17 +2,17 @@
 #include <atomic>
 #include <cstring>
 
-#include "products.h"
+#include "instruction_sets.h"
 
 namespace monet::cpu {
 namespace {
 
-bool runs_here(const ProductsOfAllTypes& products) {
-  if (&products == &products_portable) return true;
+bool runs_here(const KernelsOfInstructionSet& kernels) {
+  if (&kernels == &kernels_portable) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (&products == &products_avx2) return avx2;
+  if (&kernels == &kernels_avx2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
@@ -21,30 +21,30 @@ bool runs_here(const ProductsOfAllTypes& products) {
 }
 
 // Best first.
-constexpr const ProductsOfAllTypes* kCandidates[] = {
+constexpr const KernelsOfInstructionSet* kCandidates[] = {
 #if defined(__x86_64__)
-    &products_avx512, &products_avx2,
+    &kernels_avx512, &kernels_avx2,
 #endif
-    &products_portable};
+    &kernels_portable};
 
-const ProductsOfAllTypes* best() {
-  for (const ProductsOfAllTypes* candidate : kCandidates)
+const KernelsOfInstructionSet* best() {
+  for (const KernelsOfInstructionSet* candidate : kCandidates)
     if (runs_here(*candidate)) return candidate;
-  return &products_portable;
+  return &kernels_portable;
 }
 
-std::atomic<const ProductsOfAllTypes*>& chosen() {
-  static std::atomic<const ProductsOfAllTypes*> products{best()};
-  return products;
+std::atomic<const KernelsOfInstructionSet*>& chosen() {
+  static std::atomic<const KernelsOfInstructionSet*> kernels{best()};
+  return kernels;
 }
 
 }  // namespace
 
-const char* instruction_set() { return chosen().load()->instruction_set; }
+const char* instruction_set() { return chosen().load()->name; }
 
 bool select_instruction_set(const char* name) {
-  for (const ProductsOfAllTypes* candidate : kCandidates)
-    if (!std::strcmp(candidate->instruction_set, name) && runs_here(*candidate)) {
+  for (const KernelsOfInstructionSet* candidate : kCandidates)
+    if (!std::strcmp(candidate->name, name) && runs_here(*candidate)) {
       chosen() = candidate;
       return true;
     }
@@ -53,15 +53,15 @@ bool select_instruction_set(const char* name) {
 
 template <>
 const Products<float>& products<float>() {
-  return chosen().load()->fp32;
+  return chosen().load()->products_fp32;
 }
 template <>
 const Products<BFloat16>& products<BFloat16>() {
-  return chosen().load()->bf16;
+  return chosen().load()->products_bf16;
 }
 template <>
 const Products<double>& products<double>() {
-  return chosen().load()->fp64;
+  return chosen().load()->products_fp64;
 }
 
 template <>
@@ -71,6 +71,15 @@ const Scan<float>& scan<float>() {
 template <>
 const Scan<double>& scan<double>() {
   return chosen().load()->scan_fp64;
+}
+
+template <>
+const Mixing<float>& mixing<float>() {
+  return chosen().load()->mixing_fp32;
+}
+template <>
+const Mixing<double>& mixing<double>() {
+  return chosen().load()->mixing_fp64;
 }
 
 }  // namespace monet::cpu

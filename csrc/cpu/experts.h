@@ -87,6 +87,8 @@ void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out);
 template <class C>
 struct VerticalMix {
   C *own1, *cross1, *own2, *cross2;
+
+  VerticalMix from_unit(int64_t u) const { return {own1 + u, cross1 + u, own2 + u, cross2 + u}; }
 };
 template <class C>
 void mix_vertical(

@@ -57,20 +57,4 @@ const Products<S>& products();
 template <class T>
 const Scan<T>& scan();
 
-// "AVX-512", "AVX2" or "portable".
-const char* instruction_set();
-// Takes another one from now on, to test it or to compare; false where the machine does not have it.
-bool select_instruction_set(const char* name);
-
-// One for each instruction set; AVX on x86-64 only.
-struct ProductsOfAllTypes {
-  const char* instruction_set;
-  Products<float> fp32;
-  Products<BFloat16> bf16;
-  Products<double> fp64;
-  Scan<float> scan_fp32;
-  Scan<double> scan_fp64;
-};
-extern const ProductsOfAllTypes products_portable, products_avx2, products_avx512;
-
 }  // namespace monet::cpu

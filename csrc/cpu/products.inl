@@ -1,5 +1,4 @@
-// The products of products.h for the instruction set this is compiled for. Before including it, define
-// MONET_VECTOR_BYTES, MONET_PRODUCTS (the table), MONET_NAME and the tile sizes: as many sums as the registers hold.
+// The products of products.h for the instruction set this is compiled for. See kernels.inl.
 
 #include "../parallel.h"
 #include "products.h"
@@ -246,11 +245,7 @@ void mark(const T* values, int64_t count, T cut, uint8_t* flags) {
 template <class T>
 constexpr Scan<T> scan_table = {largest<T>, mark<T>};
 template <class S>
-constexpr Products<S> table = {dot<S>, scatter<S>, outer<S>, gather<S>};
+constexpr Products<S> products_table = {dot<S>, scatter<S>, outer<S>, gather<S>};
 
 }  // namespace
-
-const ProductsOfAllTypes MONET_PRODUCTS = {
-    MONET_NAME, table<float>, table<BFloat16>, table<double>, scan_table<float>, scan_table<double>};
-
 }  // namespace monet::cpu

@@ -38,8 +38,8 @@ class Layout:
 class CompactGates:
     """Gates of one router side as [pairs, H] values over a :class:`Layout`; 0 where a head leaves a pair out.
 
-    The gradient with respect to a gate that is 0 is never used (the softmax multiplies it by the gate), and the
-    expert operations leave it 0.
+    The gradient with respect to a gate that is 0 is never used (the softmax multiplies it by the gate): whether the
+    expert operations leave it 0 is theirs to choose.
     """
 
     values: Tensor

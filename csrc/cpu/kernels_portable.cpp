@@ -1,7 +1,6 @@
-#if defined(__AVX2__)
-#define MONET_VECTOR_BYTES 32
-#define MONET_PRODUCTS products_avx2
-#define MONET_NAME "AVX2"
+#define MONET_VECTOR_BYTES 16
+#define MONET_KERNELS kernels_portable
+#define MONET_NAME "portable"
 #define DOT_PAIRS 3
 #define DOT_UNITS 3
 #define SCATTER_PAIRS 4
@@ -9,5 +8,4 @@
 #define OUTER_UNITS 4
 #define OUTER_VECTORS 2
 #define GATHER_VECTORS 4
-#include "products.inl"
-#endif
+#include "kernels.inl"

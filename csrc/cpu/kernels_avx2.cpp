@@ -1,6 +1,7 @@
-#define MONET_VECTOR_BYTES 16
-#define MONET_PRODUCTS products_portable
-#define MONET_NAME "portable"
+#if defined(__AVX2__)
+#define MONET_VECTOR_BYTES 32
+#define MONET_KERNELS kernels_avx2
+#define MONET_NAME "AVX2"
 #define DOT_PAIRS 3
 #define DOT_UNITS 3
 #define SCATTER_PAIRS 4
@@ -8,4 +9,5 @@
 #define OUTER_UNITS 4
 #define OUTER_VECTORS 2
 #define GATHER_VECTORS 4
-#include "products.inl"
+#include "kernels.inl"
+#endif

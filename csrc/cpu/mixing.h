@@ -1,0 +1,63 @@
+// The parts that the mixing of experts.h is made of.
+#pragma once
+
+#include <cstdint>
+
+#include "experts.h"
+
+namespace monet::cpu {
+
+constexpr int64_t kTaskTokens = 64;
+
+// ---- without a mask
+
+// Room for one vector of any instruction set.
+struct alignas(64) VectorRoom {
+  char bytes[64];
+};
+// Rooms that a call needs for each head.
+constexpr int64_t kRoomsPerHead = 4;
+
+// For tokens begin..end-1; one table for each instruction set.
+template <class C>
+struct Mixing {
+  void (*vertical)(
+      const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix,
+      int64_t begin, int64_t end, VectorRoom* room);
+  void (*vertical_backward)(
+      const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
+      const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
+      int64_t begin, int64_t end, VectorRoom* room);
+  void (*horizontal)(
+      const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y, int64_t begin, int64_t end,
+      VectorRoom* room);
+  void (*horizontal_backward)(
+      const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
+      C* dgates2, int64_t begin, int64_t end, VectorRoom* room);
+};
+
+template <class C>
+const Mixing<C>& mixing();
+
+// ---- with a mask: the mixing of the same names
+
+template <class C>
+void mix_vertical_masked(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
+    const VerticalMix<C>& mix);
+template <class C>
+void mix_vertical_masked_backward(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
+    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2);
+template <class C>
+void mix_horizontal_masked(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y);
+template <class C>
+void mix_horizontal_masked_backward(
+    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, const C* dy, C* y,
+    C* ds1, C* dgates1, C* dgates2);
+
+// The half-expert of each pair, [pairs].
+void experts_of_pairs(const Pairs& pairs, int32_t* expert);
+
+}  // namespace monet::cpu
