@@ -8,6 +8,7 @@ tensor has E x E entries a token: the rearranged sums are the functions of :mod:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,17 @@ from monet_train.model.config import MonetConfig
 def identity(value: Tensor) -> Tensor:
     """What ``enter`` and ``leave`` do where the inner dimension is not split."""
     return value
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the layers of a routing group share: which experts take part for each token, and with which weight."""
+
+    g1: Gates  # gates where they meet the inner dimension
+    g2: Gates
+    mask: Tensor | None  # factors M of the experts, [1 or H, E, E]
+    r1: Gates  # weights of the output biases, r1_i = Σ_hj M_hij g1_hi g2_hj
+    r2: Gates
 
 
 class Experts(nn.Module):
@@ -36,6 +48,11 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.enter = self.leave = identity
+
+    def routing(self, g1: Gates, g2: Gates, mask: Tensor | None) -> Routing:
+        """Gates and mask as the layers of a routing group take them. Made once: the group's layers enter alike."""
+        r1, r2 = kernels.expert_weights(g1, g2, mask)
+        return Routing(g1.map(self.enter), g2.map(self.enter), mask, r1, r2)
 
     def store_for_decoding(self) -> None:
         """Lay the output weights out by half-expert: same shapes and values, much faster for a token at a time."""
@@ -63,15 +80,14 @@ class VerticalExperts(Experts):
         self.b1 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
         self.b2 = nn.Parameter(torch.zeros(config.moe_experts, d // 2))
 
-    def forward(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None) -> Tensor:
-        """[T, d] -> [T, d]; ``mask``: factors of the experts, [1 or H, E, E]."""
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """[T, d] -> [T, d]."""
         mixed = kernels.vertical_experts(
-            self.enter(x), g1.map(self.enter), g2.map(self.enter), mask,
+            self.enter(x), routing.g1, routing.g2, routing.mask,
             self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
             self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
         )  # fmt: skip
-        r1, r2 = kernels.expert_weights(g1, g2, mask)
-        bias = torch.cat([kernels.expert_bias(r1, self.b1), kernels.expert_bias(r2, self.b2)], -1)
+        bias = torch.cat([kernels.expert_bias(routing.r1, self.b1), kernels.expert_bias(routing.r2, self.b2)], -1)
         return self.leave(mixed) + bias
 
 
@@ -88,13 +104,12 @@ class HorizontalExperts(Experts):
         self.v = nn.Linear(inner, d, bias=False)
         self.b = nn.Parameter(torch.zeros(config.moe_experts, d))
 
-    def forward(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None) -> Tensor:
-        """[T, d] -> [T, d]; ``mask``: factors of the experts, [1 or H, E, E]."""
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """[T, d] -> [T, d]."""
         mixed = kernels.horizontal_experts(
-            self.enter(x), g1.map(self.enter), g2.map(self.enter), mask, self.u.weight, self.u.bias, self.v.weight
+            self.enter(x), routing.g1, routing.g2, routing.mask, self.u.weight, self.u.bias, self.v.weight
         )
-        _, r2 = kernels.expert_weights(g1, g2, mask)
-        return self.leave(mixed) + kernels.expert_bias(r2, self.b)
+        return self.leave(mixed) + kernels.expert_bias(routing.r2, self.b)
 
 
 EXPERTS: dict[str, type[VerticalExperts] | type[HorizontalExperts]] = {

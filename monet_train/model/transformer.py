@@ -108,7 +108,8 @@ class RoutingGroup:
             tokens = x.flatten(0, 1)
             if layer.router is not None:
                 g1, g2, self.statistics = layer.router.route(tokens, self.statistics)
-            hidden = hidden + layer.moe(tokens, g1, g2, self.mask).view_as(x)
+                routing = layer.moe.routing(g1, g2, self.mask)
+            hidden = hidden + layer.moe(tokens, routing).view_as(x)
             states.append(hidden)
         if self.keep_states:
             self.gates, self.states = (g1, g2), states
