@@ -10,7 +10,8 @@ Every subject computes the same thing on the same real routing (logits of random
 - ``mlp``: a dense MLP with as many parameters as the expert layer
 
 Workloads: ``layer`` is an expert layer given its gates, ``group`` one router and the expert layers that share it,
-with output biases. Ratios are of medians measured in turn in one process.
+with output biases. Ratios are of medians measured in turn in one process. Memory: ``peak`` is the most that tensors
+took at once, with gradients of all weights; ``kept`` is what autograd holds on to between forward and backward.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.timing import Work, bytes_kept_for_backward, environment, medians_in_turn
+from benchmarks.timing import Work, bytes_kept_for_backward, environment, medians_in_turn, peak_bytes
 from monet_train import kernels
 from monet_train.errors import UserError, one_line_errors
 from monet_train.kernels import DenseGates, Gates, plain
@@ -170,12 +171,12 @@ def measure_layer(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
     leaves = [x, hidden, up, down, *gate_leaves, *layer.parameters]
     found = []
     for mode, wrap in (("forward", inference), ("forward+backward", lambda f: training_step(f, leaves))):
-        seconds = medians_in_turn({name: wrap(f) for name, f in forwards.items()}, options.rounds)
-        found.append(row(f"{form} layer", mode, options.tokens, seconds))
-    for name in ("native", "plain"):
-        found[-1]["kept_bytes"] = found[-1].get("kept_bytes", {}) | {
-            name: bytes_kept_for_backward(forwards[name], [x, *layer.parameters])
-        }
+        works = {name: wrap(f) for name, f in forwards.items()}
+        found.append(row(f"{form} layer", mode, options.tokens, medians_in_turn(works, options.rounds)))
+        found[-1]["peak_bytes"] = {name: peak_bytes(work) for name, work in works.items()}
+    found[-1]["kept_bytes"] = {
+        name: bytes_kept_for_backward(forwards[name], [x, *layer.parameters]) for name in ("native", "plain")
+    }
     return found
 
 
@@ -259,15 +260,15 @@ def row(workload: str, mode: str, tokens: int, seconds: dict[str, float]) -> dic
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a row: milliseconds of ours, and how many times as long the others took."""
     names = sorted({name for found in rows for name in found["milliseconds"]} - {"native"})
-    lines = [["workload", "mode", "tokens", "native ms", *names, "kept MB", "plain"]]
+    lines = [["workload", "mode", "tokens", "native ms", *names, "peak MB", "plain", "kept MB", "plain"]]
     for found in rows:
         times = found["times_native"]
-        kept = found.get("kept_bytes", {})
+        memory = [found.get(kind, {}) for kind in ("peak_bytes", "kept_bytes")]
         lines.append([
             found["workload"], found["mode"], str(found["tokens"]),
             f"{found['milliseconds']['native']:.2f}",
             *(f"{times[name]:.2f}x" if name in times else "" for name in names),
-            *(f"{kept[name] / 1e6:.1f}" if name in kept else "" for name in ("native", "plain")),
+            *(f"{of[name] / 1e6:.1f}" if name in of else "" for of in memory for name in ("native", "plain")),
         ])  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
@@ -283,6 +284,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decode-rounds", type=int, default=30)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the definition")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for JSON files")
@@ -294,7 +296,8 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    said = kernels.describe("native", "cpu")
+    torch.set_default_device(options.device)
+    said = kernels.describe("native", options.device)
     if "native, sparse" not in said:
         raise UserError(f"{said}; build them with pip install --no-build-isolation -e .")
     print(said)

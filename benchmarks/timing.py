@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -28,9 +29,31 @@ def medians_in_turn(subjects: dict[str, Work], rounds: int) -> dict[str, float]:
         for name, work in subjects.items():
             start = time.perf_counter()
             work()
+            wait_for_device()
             if round_number > 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def wait_for_device() -> None:
+    """Work on a GPU is queued: wait until it is done."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(work: Work) -> int:
+    """Most memory that tensors took at once during ``work``, beyond what they took before it."""
+    if torch.get_default_device().type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes), default=0)
 
 
 def bytes_kept_for_backward(forward: Callable[[], Tensor], parameters: list[Tensor]) -> int:
@@ -52,8 +75,9 @@ def bytes_kept_for_backward(forward: Callable[[], Tensor], parameters: list[Tens
 
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
+    gpu = torch.get_default_device().type == "cuda"
     return {
-        "processor": processor_name(),
+        "processor": torch.cuda.get_device_name() if gpu else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 1) for load in os.getloadavg()],
