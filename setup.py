@@ -1,14 +1,18 @@
 """Builds ``csrc/`` into ``monet_train/kernels/_C``; everything else about the package is in pyproject.toml.
 
 The extension is an extra: without torch, without a compiler, or when the build fails, the install still succeeds
-and the plain PyTorch definition runs.
+and the plain PyTorch definition runs. Its CUDA part is an extra of the extension: it is built where torch is a CUDA
+build and nvcc is found, or with MONET_CUDA=1 (to see on any machine with nvcc that it compiles and links); MONET_CUDA=0
+leaves it out. TORCH_CUDA_ARCH_LIST is heeded.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +30,9 @@ COMMON_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+CUDA_BINDING = "csrc/bindings/cuda.cpp"
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_ARCHITECTURES = "8.0 9.0+PTX"  # A100, H100 and H200; the driver compiles for newer ones
 
 
 class BuildKernels(build_ext):
@@ -50,20 +57,66 @@ class BuildKernels(build_ext):
         framework = [f"-isystem{path}" for path in include_paths()] + ["-fopenmp", *torch_defines(torch)]
 
         def compile_one(source: str) -> str:
-            target = objects / (source.replace("/", ".") + ".o")
-            flags = framework if source.startswith(BINDINGS) else instruction_set(source)
-            self.spawn([compiler, *COMMON_FLAGS, *flags, "-c", source, "-o", str(target)])
-            return str(target)
+            target = str(objects / (source.replace("/", ".") + ".o"))
+            if source.endswith(".cu"):
+                self.spawn(["nvcc", *CUDA_FLAGS, *cuda_architectures(), "-c", source, "-o", target])
+            else:
+                flags = framework if source.startswith(BINDINGS) else instruction_set(source)
+                self.spawn([compiler, *COMMON_FLAGS, *flags, "-c", source, "-o", target])
+            return target
 
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            compiled = list(pool.map(compile_one, ext.sources))
-        library = Path(self.get_ext_fullpath(ext.name))
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # OpenMP is not linked: its symbols come with libtorch, so that both share one pool of threads.
-        linked = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
-        fresh = library.with_suffix(".new")
-        self.spawn([compiler, "-shared", *compiled, *linked, "-o", str(fresh)])
-        fresh.replace(library)  # a process that has the old library open keeps it
+        def compile_all(sources: list[str]) -> list[str]:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                return list(pool.map(compile_one, sources))
+
+        def link(linker: list[str], compiled: list[str]) -> None:
+            library = Path(self.get_ext_fullpath(ext.name))
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # OpenMP is not linked: its symbols come with libtorch, so that both share one pool of threads.
+            linked = [f"-L{path}" for path in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch"]
+            fresh = library.with_suffix(".new")
+            self.spawn([*linker, "-shared", *compiled, *linked, "-o", str(fresh)])
+            fresh.replace(library)  # a process that has the old library open keeps it
+
+        for_cuda = [source for source in ext.sources if source.endswith(".cu") or source == CUDA_BINDING]
+        compiled = compile_all([source for source in ext.sources if source not in for_cuda])
+        reason = no_cuda(torch)
+        if reason is None:
+            try:
+                # the runtime that torch has loaded, not a second one
+                link(["nvcc", "-ccbin", compiler, "-cudart", "shared"], compiled + compile_all(for_cuda))
+                return
+            except Exception as error:  # the rest of the extension works without its CUDA part
+                reason = " ".join(str(error).split())
+        if reason:
+            self.warn(f"CUDA kernels not built ({reason}); the plain PyTorch definition will run on GPUs")
+        link([compiler], compiled)
+
+
+def no_cuda(torch) -> str | None:
+    """Why the CUDA part is not built: None if it is to be built, nothing to say where nobody would expect it."""
+    wanted = os.environ.get("MONET_CUDA")
+    if wanted == "0" or (wanted is None and torch.version.cuda is None):
+        return ""
+    if shutil.which("nvcc") is None:
+        return "nvcc not found on the PATH"
+    release = re.search(
+        r"release (\d+)\.", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    )
+    if wanted is None and (release is None or release[1] != torch.version.cuda.split(".")[0]):
+        return f"nvcc is of another CUDA than torch's {torch.version.cuda}"
+    return None
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST, such as ``8.0;9.0+PTX``."""
+    options = []
+    for architecture in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).strip()):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if architecture.endswith("+PTX"):
+            options += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return options
 
 
 def torch_defines(torch) -> list[str]:
@@ -85,8 +138,8 @@ def instruction_set(source: str) -> list[str]:
 
 def native_extension() -> Extension:
     """The extension: the bindings, the kernels of each device, and the headers that a source archive must carry."""
-    sources = sorted(str(path) for folder in (BINDINGS, "csrc/cpu") for path in Path(folder).glob("*.cpp"))
-    headers = sorted(str(path) for suffix in ("*.h", "*.inl") for path in Path("csrc").rglob(suffix))
+    sources = sorted(str(path) for suffix in ("*.cpp", "*.cu") for path in Path("csrc").rglob(suffix))
+    headers = sorted(str(path) for suffix in ("*.h", "*.cuh", "*.inl") for path in Path("csrc").rglob(suffix))
     return Extension("monet_train.kernels._C", sources, depends=headers, optional=True)
 
 

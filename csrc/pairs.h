@@ -8,6 +8,7 @@ namespace monet {
 // Tokens are taken in blocks of this many. Within a block, pairs are grouped by half-expert: a group is a small
 // dense product whose token rows stay in cache. Part of the layout, so that results do not depend on the machine.
 constexpr int64_t kBlockTokens = 512;
+constexpr int64_t blocks_of(int64_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
 // Pairs are numbered by (block, half-expert, token). A pair is active in at least one head.
 struct Pairs {
@@ -19,13 +20,13 @@ struct Pairs {
   const int32_t* row_start;    // [tokens + 1]            first entry of a token in row_pair
   const int32_t* row_pair;     // [count]                 pairs of a token, by ascending half-expert
 
-  int64_t blocks() const { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+  int64_t blocks() const { return blocks_of(tokens); }
 };
 
 // Gates of one side: values [pairs, heads].
 template <class C>
 struct Side {
-  const Pairs& pairs;
+  Pairs pairs;
   const C* gates;
   int64_t heads;
 };

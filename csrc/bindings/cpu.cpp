@@ -5,7 +5,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -53,20 +52,14 @@ Tensor head_moments(const Tensor& logits) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold) {
-  TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must be [tokens, heads, half-experts]");
-  TORCH_CHECK(
-      threshold.dim() == 1 && threshold.size(0) == logits.size(1) && threshold.scalar_type() == logits.scalar_type(),
-      "threshold must be [heads], in the type of the logits");
+  check_route(logits, threshold);
   const Tensor z = logits.contiguous(), cut = threshold.contiguous();
   const int64_t tokens = z.size(0), heads = z.size(1), experts = z.size(2);
-  TORCH_CHECK(
-      tokens <= std::numeric_limits<int32_t>::max() / experts, tokens, " tokens are too many for one call; split them");
-
   const auto ints = z.options().dtype(at::kInt);
   Tensor active = at::empty({tokens, cpu::mark_words(experts)}, z.options().dtype(at::kLong));
   Tensor largest = at::empty({tokens, heads}, z.options()), cuts = at::empty_like(largest);
   Tensor row_start = at::empty({tokens + 1}, ints);
-  Tensor group_start = at::empty({ceil_div(tokens, kBlockTokens) * experts + 1}, ints);
+  Tensor group_start = at::empty({blocks_of(tokens) * experts + 1}, ints);
   return with_wide_type(z, [&](auto zero) {
     using T = decltype(zero);
     const cpu::Marks<T> marks{write<uint64_t>(active), write<T>(largest), write<T>(cuts)};
@@ -245,15 +238,7 @@ Tensor bias_gradient(const SideTensors& side, const Tensor& y, const Tensor& bia
 // The weights of a vertical layer, checked and laid out for the kernels.
 struct VerticalWeights {
   VerticalWeights(const Tensor& x, at::TensorList w, const Pairs& one, const Pairs& two) {
-    TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
-    const int64_t d = x.size(1), inner = w[0].size(0), experts = one.experts;
-    TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
-    units = inner / experts;
-    check_matrix(x, w[0], inner, d, "u1");
-    check_matrix(x, w[2], inner, d, "u2");
-    check_matrix(x, w[1].unsqueeze(0), 1, inner, "u1's bias");
-    check_matrix(x, w[3].unsqueeze(0), 1, inner, "u2's bias");
-    for (const int i : {4, 5, 6, 7}) check_matrix(x, w[i], d / 2, inner, "v");
+    units = check_vertical(x, w, one.experts);
     u1 = w[0].contiguous(), u1_bias = w[1].contiguous(), u2 = w[2].contiguous(), u2_bias = w[3].contiguous();
     v11 = expert_rows(w[4], one, units), v12 = expert_rows(w[5], one, units);
     v21 = expert_rows(w[6], two, units), v22 = expert_rows(w[7], two, units);
@@ -338,13 +323,7 @@ std::vector<Tensor> vertical_experts_backward(
 
 struct HorizontalWeights {
   HorizontalWeights(const Tensor& x, at::TensorList w, const Pairs& two) {
-    TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
-    const int64_t d = x.size(1), inner = w[0].size(0), experts = two.experts;
-    TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
-    units = inner / experts;
-    check_matrix(x, w[0], inner, d, "u");
-    check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
-    check_matrix(x, w[2], d, inner, "v");
+    units = check_horizontal(x, w, two.experts);
     u = w[0].contiguous(), u_bias = w[1].contiguous(), v = expert_rows(w[2], two, units);
   }
 
@@ -417,7 +396,7 @@ std::tuple<Tensor, Tensor> masked_totals_backward(
   const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
   const Tensor d1 = dtotals1.contiguous(), d2 = dtotals2.contiguous();
-  TORCH_CHECK(d1.numel() == one.pairs.count && d2.numel() == two.pairs.count, "gradients of totals must be [pairs]");
+  check_totals(d1, d2, one, two);
   Tensor dgates1 = at::empty_like(one.gates), dgates2 = at::empty_like(two.gates);
   with_wide_type(one.gates, [&](auto zero) {
     using C = decltype(zero);
@@ -477,7 +456,7 @@ std::tuple<Tensor, Tensor> linear_sparse_backward(
   const Tensor x = tokens.contiguous(), w = weight.contiguous();
   check_matrix(x, w, w.size(0), x.size(1), "weight");
   TORCH_CHECK(values.scalar_type() == accumulator(x).dtype(), "values must be in the type of sums");
-  const int64_t rows = w.size(0), blocks = ceil_div(x.size(0), kBlockTokens);
+  const int64_t rows = w.size(0), blocks = blocks_of(x.size(0));
   const auto ints = x.options().dtype(at::kInt);
   const auto sorted = [&](const Tensor& key, int64_t keys) {
     Tensor start = at::empty({keys + 1}, ints), order = at::empty({key.numel()}, ints);

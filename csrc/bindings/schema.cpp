@@ -1,10 +1,15 @@
 // torch.ops.monet: the operations as the framework sees them. Each device implements them in a file of its own.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <string>
 
 TORCH_LIBRARY(monet, m) {
   m.def("built_with() -> str", [] { return std::string(MONET_TORCH_VERSION); });
+  m.def("built_for_cuda() -> bool", [] {
+    const auto route = c10::Dispatcher::singleton().findSchemaOrThrow("monet::route", "");
+    return route.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  });
   m.def("instruction_set() -> str");
   m.def("select_instruction_set(str name) -> bool");
   m.def("head_moments(Tensor logits) -> Tensor");

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <limits>
 #include <optional>
 
 #include "../numbers.h"
@@ -74,6 +75,18 @@ inline Tensor values_of(const Tensor& values, const Pairs& pairs) {
   return values.contiguous();
 }
 
+// ---- the router
+
+inline void check_route(const Tensor& logits, const Tensor& threshold) {
+  TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must be [tokens, heads, half-experts]");
+  TORCH_CHECK(
+      threshold.dim() == 1 && threshold.size(0) == logits.size(1) && threshold.scalar_type() == logits.scalar_type(),
+      "threshold must be [heads], in the type of the logits");
+  TORCH_CHECK(
+      logits.size(0) <= std::numeric_limits<int32_t>::max() / logits.size(2), logits.size(0),
+      " tokens are too many for one call; split them");
+}
+
 // ---- the expert layers
 
 inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
@@ -127,6 +140,36 @@ struct MaskTensor {
 
   Tensor factors;
 };
+
+inline void check_totals(
+    const Tensor& totals1, const Tensor& totals2, const SideTensors& one, const SideTensors& two) {
+  TORCH_CHECK(
+      totals1.numel() == one.pairs.count && totals2.numel() == two.pairs.count, "gradients of totals must be [pairs]");
+}
+
+// The weights of a vertical layer: u1, its bias, u2, its bias, v11, v12, v21, v22. Units of a half-expert.
+inline int64_t check_vertical(const Tensor& x, at::TensorList w, int64_t experts) {
+  TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
+  const int64_t d = x.size(1), inner = w[0].size(0);
+  TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
+  check_matrix(x, w[0], inner, d, "u1");
+  check_matrix(x, w[2], inner, d, "u2");
+  check_matrix(x, w[1].unsqueeze(0), 1, inner, "u1's bias");
+  check_matrix(x, w[3].unsqueeze(0), 1, inner, "u2's bias");
+  for (const Tensor& v : w.slice(4)) check_matrix(x, v, d / 2, inner, "v");
+  return inner / experts;
+}
+
+// The weights of a horizontal layer: u, its bias, v. Units of a half-expert.
+inline int64_t check_horizontal(const Tensor& x, at::TensorList w, int64_t experts) {
+  TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
+  const int64_t d = x.size(1), inner = w[0].size(0);
+  TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
+  check_matrix(x, w[0], inner, d, "u");
+  check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
+  check_matrix(x, w[2], d, inner, "v");
+  return inner / experts;
+}
 
 // Room for the gradient of a weight, stored by columns if the weight is.
 inline Tensor empty_gradient(const Tensor& weight) {

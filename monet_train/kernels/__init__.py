@@ -37,7 +37,10 @@ def describe(implementation: str, device: torch.device | str) -> str:
     """One line for the start of a run: which implementation the expert operations will take, and why."""
     if implementation == "plain":
         return "expert kernels: plain PyTorch definition, as asked"
-    reason = _why_not_native(torch.device(device))
+    device = torch.device(device)
+    reason = _why_not_native(device)
+    if reason is None and device.type == "cuda":
+        return f"expert kernels: native (CUDA, {torch.cuda.get_device_name(device)})"
     if reason is None:
         return f"expert kernels: native, sparse (CPU, {torch.ops.monet.instruction_set()})"
     return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
@@ -46,9 +49,10 @@ def describe(implementation: str, device: torch.device | str) -> str:
 def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     """Logits [T, H, E] of one router side. See :func:`plain.router_logits`.
 
-    Logits from here may go straight into ``route``: the backward pass then touches active logits only.
+    Logits from here may go straight into ``route``: on the CPU the backward pass then touches active logits only. On a
+    GPU it takes the dense products: gathering rows of active logits would cost more than the work it saves.
     """
-    if _why_not_native(x.device) is None:
+    if x.device.type == "cpu" and _why_not_native(x.device) is None:
         return compact.router_logits(x, weight, heads)
     return plain.router_logits(x, weight, heads)
 
@@ -123,6 +127,9 @@ def store_by_columns(weight: Tensor) -> Tensor:
 
 
 def _why_not_native(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"none for {device.type} yet"
-    return extension.missing()
+    if device.type not in ("cpu", "cuda"):
+        return f"none for {device.type}"
+    reason = extension.missing()
+    if reason is None and device.type == "cuda" and not torch.ops.monet.built_for_cuda():
+        return "built without CUDA"
+    return reason

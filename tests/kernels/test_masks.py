@@ -13,7 +13,7 @@ from torch import Tensor
 
 from monet_train import kernels
 from monet_train.kernels import plain
-from tests.kernels.conftest import fixed_weights, normal_threshold
+from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -86,21 +86,22 @@ class Case:
     def leaves(self) -> list[Tensor]:
         return [*self.z, self.x, *self.weights, *self.biases]
 
-    def copy(self, dtype: torch.dtype = torch.float64) -> Case:
+    def copy(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Case:
         """Leaves of their own that ask for a gradient; logits at least fp32."""
 
         def leaf(tensor: Tensor, to: torch.dtype) -> Tensor:
-            return tensor.detach().to(to, copy=True).requires_grad_()
+            return tensor.detach().to(device or tensor.device, to, copy=True).requires_grad_()
 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return replace(
             self, z=[leaf(z, wide) for z in self.z], x=leaf(self.x, dtype),
             weights=[leaf(w, dtype) for w in self.weights], biases=[leaf(b, dtype) for b in self.biases],
+            mask=None if self.mask is None else self.mask.to(device),
         )  # fmt: skip
 
     def output(self, implementation: str) -> Tensor:
         """The layer with its output bias."""
-        g1, g2 = (kernels.route(z, self.threshold.to(z.dtype), implementation) for z in self.z)
+        g1, g2 = (kernels.route(z, self.threshold.to(z), implementation) for z in self.z)
         r1, r2 = kernels.expert_weights(g1, g2, self.mask)
         if self.form == "vertical":
             bias = torch.cat([kernels.expert_bias(r, b) for r, b in zip((r1, r2), self.biases, strict=True)], -1)
@@ -110,7 +111,7 @@ class Case:
 
     def every_expert(self) -> Tensor:
         """sum_h sum_ij M_ij g1_hi g2_hj E_ij(x) with all experts E_ij(x) [T, E, E, d] in front of us."""
-        g1, g2 = (plain.gates(z, self.threshold.to(z.dtype)) for z in self.z)
+        g1, g2 = (plain.gates(z, self.threshold.to(z)) for z in self.z)
         experts = g1.shape[-1]
         if self.form == "vertical":
             u1, u1_bias, u2, u2_bias, *v = self.weights
@@ -160,49 +161,55 @@ def make(form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, dty
     return Case(form, z, threshold, mask and mask(H, E), normal(T, d), weights, biases)
 
 
-def assert_agree(values: list[Tensor], reference: list[Tensor], dtype: torch.dtype) -> None:
-    """Sums are exact to fp32 (or fp64). A bf16 output has three roundings: experts, bias and the sum of both."""
+def assert_agree(values: list[Tensor], reference: list[Tensor], dtype: torch.dtype, sparse: bool = True) -> None:
+    """Sums are exact to fp32 (or fp64). A bf16 output has three roundings: experts, bias and the sum of both; on a GPU
+    also those of the dense products."""
     relative = 3 * 2**-8 if dtype == torch.bfloat16 else 0.0
-    of_largest = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3 * 2**-9}[dtype]
+    of_largest = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3 * 2**-9 if sparse else 2**-6}[dtype]
     for value, expected in zip(values, reference, strict=True):
         scale = expected.abs().max().item() if expected.numel() else 0.0
-        torch.testing.assert_close(value.double(), expected, rtol=relative, atol=of_largest * max(scale, 1.0))
+        torch.testing.assert_close(value.double().cpu(), expected, rtol=relative, atol=of_largest * max(scale, 1.0))
 
 
 @pytest.mark.parametrize("mask", [*MASKS, None], ids=lambda mask: mask.__name__ if mask else "none")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("form", FORMS)
-def test_against_every_expert(form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None) -> None:
+def test_against_every_expert(
+    form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, backend: Backend
+) -> None:
     """fp64: the definition and the kernels against the expansion."""
     case = make(form, shape, mask, torch.float64)
     written_out = case.copy()
     expected = written_out.run(written_out.every_expert)
     for implementation in ("plain", "native"):
-        ours = case.copy()
+        ours = case.copy(device=backend.device)
         assert_agree(ours.run(lambda ours=ours, name=implementation: ours.output(name)), expected, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
 @pytest.mark.parametrize("form", FORMS)
-def test_in_lower_precision(form: str, mask: Callable[[int, int], Tensor], dtype: torch.dtype) -> None:
+def test_in_lower_precision(
+    form: str, mask: Callable[[int, int], Tensor], dtype: torch.dtype, backend: Backend
+) -> None:
     case = make(form, Shape(tokens=40, d=34, experts=23), mask, dtype)
-    exact, ours = case.copy(), case.copy(dtype)
+    exact, ours = case.copy(), case.copy(dtype, backend.device)
     values = ours.run(lambda: ours.output("native"))
     assert values[0].dtype == dtype
-    assert_agree(values, exact.run(lambda: exact.output("plain")), dtype)
+    assert_agree(values, exact.run(lambda: exact.output("plain")), dtype, backend.sparse)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str) -> None:
-    case = make(form, Shape(tokens=3, d=4, experts=6, m=4, heads=2, k=2), scales, torch.float64).copy()
+def test_gradcheck(form: str, backend: Backend) -> None:
+    shape = Shape(tokens=3, d=4, experts=6, m=4, heads=2, k=2)
+    case = make(form, shape, scales, torch.float64).copy(device=backend.device)
     count = len(case.weights)
 
     def output(*leaves: Tensor) -> Tensor:
         z, x, weights, biases = list(leaves[:2]), leaves[2], list(leaves[3 : 3 + count]), list(leaves[3 + count :])
         return replace(case, z=z, x=x, weights=weights, biases=biases).output("native")
 
-    assert torch.autograd.gradcheck(output, case.leaves())
+    assert torch.autograd.gradcheck(output, case.leaves(), fast_mode=not backend.sparse)
 
 
 @pytest.mark.parametrize("implementation", ["native", "plain"])
@@ -218,14 +225,14 @@ def test_a_mask_of_ones_changes_nothing(form: str, implementation: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("implementation", ["native", "plain"])
 @pytest.mark.parametrize("form", FORMS)
-def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dtype) -> None:
+def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dtype, backend: Backend) -> None:
     """Also of one token, where only its own experts are off: nothing is subtracted from unmasked sums."""
-    case = make(form, Shape(tokens=20), None, dtype).copy(dtype)
-    case.mask = torch.zeros(1, 11, 11)
+    case = make(form, Shape(tokens=20), None, dtype).copy(dtype, backend.device)
+    case.mask = torch.zeros(1, 11, 11, device=backend.device)
     values = case.run(lambda: case.output(implementation))
     assert all((value == 0).all() for value in values)
 
-    g1, g2 = (plain.gates(z.detach(), case.threshold.to(z.dtype))[3] for z in case.z)
+    g1, g2 = (plain.gates(z.detach(), case.threshold.to(z))[3] for z in case.z)
     case.mask = (torch.einsum("hi,hj->ij", g1, g2) == 0)[None].float()
     out = case.output(implementation)
     assert (out[3] == 0).all()
@@ -233,13 +240,13 @@ def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_weights_of_both_signs_that_cancel(form: str) -> None:
+def test_weights_of_both_signs_that_cancel(form: str, backend: Backend) -> None:
     """A half-expert whose weights sum to exactly 0 still passes a gradient to its gates."""
     shape = Shape(tokens=3, experts=4, heads=1, all_active=True)
     case = make(form, shape, lambda H, E: torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(1, E, E), torch.float64)
     case.z[1].zero_()  # equal gates of side 2
     case.mask = case.mask + case.mask.mT if case.mask is not None else None
-    written_out, native = case.copy(), case.copy()
+    written_out, native = case.copy(), case.copy(device=backend.device)
     expected = written_out.run(written_out.every_expert)
     assert_agree(native.run(lambda: native.output("native")), expected, torch.float64)
 
@@ -257,13 +264,13 @@ def test_same_bits_with_any_number_of_threads(form: str, with_threads: Callable[
 
 @pytest.mark.parametrize("what", ["token", "logit"])
 @pytest.mark.parametrize("form", FORMS)
-def test_nan_stays_visible(form: str, what: str) -> None:
-    case = make(form, Shape(), by_pair, torch.float32).copy(torch.float32)
+def test_nan_stays_visible(form: str, what: str, backend: Backend) -> None:
+    case = make(form, Shape(), by_pair, torch.float32).copy(torch.float32, backend.device)
     with torch.no_grad():
         for tensor in (case.x,) if what == "token" else case.z:
             tensor[5].view(-1)[2] = math.nan
         finite = case.output("native").isfinite()
-    others = torch.arange(len(case.x)) != 5
+    others = torch.arange(len(case.x), device=finite.device) != 5
     assert finite[others].all()
     assert not finite[5].any()
     biases = len(case.biases) if what == "token" else 0  # whose gradients do not depend on the tokens
@@ -271,11 +278,11 @@ def test_nan_stays_visible(form: str, what: str) -> None:
     assert all(gradient.isnan().any() for gradient in gradients[: len(gradients) - biases])
 
 
-def test_a_half_expert_that_is_off_has_no_say() -> None:
+def test_a_half_expert_that_is_off_has_no_say(backend: Backend) -> None:
     """Whatever it computes: the parameters of half-expert 4 of side 1 do not matter."""
-    case = make("vertical", Shape(), None, torch.float32).copy(torch.float32)
+    case = make("vertical", Shape(), None, torch.float32).copy(torch.float32, backend.device)
     with_it = case.output("native")
-    case.mask = torch.ones(1, 11, 11)
+    case.mask = torch.ones(1, 11, 11, device=backend.device)
     case.mask[:, 4] = 0
     without = case.output("native")
     assert not torch.equal(without, with_it)
@@ -288,9 +295,9 @@ def test_a_half_expert_that_is_off_has_no_say() -> None:
     assert torch.equal(case.output("native"), without)
 
 
-def test_masks_that_do_not_fit_are_refused() -> None:
-    case = make("vertical", Shape(), None, torch.float32).copy(torch.float32)
+def test_masks_that_do_not_fit_are_refused(backend: Backend) -> None:
+    case = make("vertical", Shape(), None, torch.float32).copy(torch.float32, backend.device)
     for mask in (torch.ones(11, 11), torch.ones(2, 11, 11), torch.ones(1, 11, 10)):
-        case.mask = mask
+        case.mask = mask.to(backend.device)
         with pytest.raises(RuntimeError, match=r"mask must be \[1 or 3, 11, 11\]"):
             case.output("native")

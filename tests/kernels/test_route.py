@@ -13,7 +13,7 @@ from torch import Tensor
 from monet_train import kernels
 from monet_train.errors import UserError
 from monet_train.kernels import CompactGates, DenseGates, extension, plain
-from tests.kernels.conftest import fixed_weights, normal_threshold
+from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 
 @dataclass
@@ -22,6 +22,9 @@ class Case:
 
     z: Tensor
     threshold: Tensor
+
+    def to(self, device: torch.device) -> Case:
+        return Case(self.z.to(device), self.threshold.to(device))
 
 
 def case(tokens: int, heads: int, experts: int, k: float, seed: int = 0) -> Case:
@@ -76,45 +79,43 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.mark.usefixtures("native")
-def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype) -> None:
-    z = routed.z.to(dtype, copy=True).requires_grad_()
-    gates = kernels.route(z, routed.threshold.to(dtype), "native")
+def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype, backend: Backend) -> None:
+    z = routed.z.to(backend.device, dtype, copy=True).requires_grad_()
+    gates = kernels.route(z, routed.threshold.to(z), "native")
     assert isinstance(gates, CompactGates)
     dense = gates.dense()
     reference_z = routed.z.clone().requires_grad_()
     reference = plain.gates(reference_z, routed.threshold)
     assert dense.dtype == dtype
-    torch.testing.assert_close(dense.double(), reference, rtol=0, atol=TOLERANCE[dtype])
-    assert torch.equal(dense != 0, reference != 0)
+    torch.testing.assert_close(dense.double().cpu(), reference, rtol=0, atol=TOLERANCE[dtype])
+    assert torch.equal((dense != 0).cpu(), reference != 0)
 
     (dense * fixed_weights(dense)).sum().backward()
     (reference * fixed_weights(reference)).sum().backward()
-    torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
+    torch.testing.assert_close(z.grad.double().cpu(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("method", ["total", "largest_total"])
-def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str) -> None:
-    z, reference_z = routed.z.to(dtype, copy=True).requires_grad_(), routed.z.clone().requires_grad_()
-    value = getattr(kernels.route(z, routed.threshold.to(dtype), "native"), method)()
+def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str, backend: Backend) -> None:
+    z = routed.z.to(backend.device, dtype, copy=True).requires_grad_()
+    reference_z = routed.z.clone().requires_grad_()
+    value = getattr(kernels.route(z, routed.threshold.to(z), "native"), method)()
     reference = getattr(DenseGates(plain.gates(reference_z, routed.threshold)), method)()
-    torch.testing.assert_close(value.double(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(value.double().cpu(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     (value * fixed_weights(value)).sum().backward()
     (reference * fixed_weights(reference)).sum().backward()
-    torch.testing.assert_close(z.grad.double(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
+    torch.testing.assert_close(z.grad.double().cpu(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("native")
-def test_active_pairs(routed: Case) -> None:
-    gates = kernels.route(routed.z.float(), routed.threshold.float(), "native")
+def test_active_pairs(routed: Case, backend: Backend) -> None:
+    there = routed.to(backend.device)
+    gates = kernels.route(there.z.float(), there.threshold.float(), "native")
     assert gates.active() == DenseGates(plain.gates(routed.z, routed.threshold)).active()
 
 
-@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("value", "row_is_nan"), [(math.nan, True), (math.inf, True), (-math.inf, False)])
-def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool) -> None:
-    found = case(20, 3, 70, 4)
+def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool, backend: Backend) -> None:
+    found = case(20, 3, 70, 4).to(backend.device)
     found.z[7, 1, 13] = value
     dense = kernels.route(found.z, found.threshold, "native").dense()
     torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
@@ -122,22 +123,20 @@ def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool) -> None:
     assert dense.isnan().sum() == (70 if row_is_nan else 0)
 
 
-@pytest.mark.usefixtures("native")
-def test_a_threshold_that_is_nan() -> None:
-    found = case(20, 3, 70, 4)
+def test_a_threshold_that_is_nan(backend: Backend) -> None:
+    found = case(20, 3, 70, 4).to(backend.device)
     found.threshold[2] = math.nan
     dense = kernels.route(found.z, found.threshold, "native").dense()
     torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
     assert dense[:, 2].isnan().all()
 
 
-@pytest.mark.usefixtures("native")
-def test_nan_reaches_the_sums() -> None:
-    found = case(20, 3, 70, 4)
+def test_nan_reaches_the_sums(backend: Backend) -> None:
+    found = case(20, 3, 70, 4).to(backend.device)
     found.z[7, 1, 13] = math.nan
     gates = kernels.route(found.z, found.threshold, "native")
-    assert torch.equal(gates.total().isnan().all(1), torch.tensor([False, True, False]))
-    assert torch.equal(gates.largest_total().isnan(), torch.tensor([False, True, False]))
+    assert torch.equal(gates.total().isnan().all(1).cpu(), torch.tensor([False, True, False]))
+    assert torch.equal(gates.largest_total().isnan().cpu(), torch.tensor([False, True, False]))
 
 
 @pytest.mark.usefixtures("native")
@@ -155,9 +154,8 @@ def test_same_bits_with_any_number_of_threads(with_threads: Callable[[int], None
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
 
 
-@pytest.mark.usefixtures("native")
-def test_map_carries_the_gradient() -> None:
-    found = case(10, 2, 32, 3)
+def test_map_carries_the_gradient(backend: Backend) -> None:
+    found = case(10, 2, 32, 3).to(backend.device)
     z = found.z.requires_grad_()
     gates = kernels.route(z, found.threshold, "native")
     (gates.map(lambda values: 3 * values).dense() * fixed_weights(z)).sum().backward()
@@ -166,18 +164,16 @@ def test_map_carries_the_gradient() -> None:
     torch.testing.assert_close(tripled, 3 * z.grad)
 
 
-@pytest.mark.usefixtures("native")
-def test_strided_logits() -> None:
-    found = case(12, 4, 30, 3)
+def test_strided_logits(backend: Backend) -> None:
+    found = case(12, 4, 30, 3).to(backend.device)
     strided = found.z.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     torch.testing.assert_close(
         kernels.route(strided, found.threshold, "native").dense(), plain.gates(found.z, found.threshold)
     )
 
 
-@pytest.mark.usefixtures("native")
-def test_head_moments(routed: Case) -> None:
-    z = routed.z.float() + 3
+def test_head_moments(routed: Case, backend: Backend) -> None:
+    z = routed.z.to(backend.device).float() + 3
     torch.testing.assert_close(kernels.head_moments(z), plain.head_moments(z), rtol=1e-12, atol=1e-9)
 
 
