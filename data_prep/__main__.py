@@ -99,10 +99,14 @@ def build_parser() -> Parser:
             name, help=help_, description=help_, epilog=EPILOG, formatter_class=formatter, allow_abbrev=False
         )
 
-    tokenizer = command("tokenizer", "train a SentencePiece tokenizer")
+    tokenizer = command("tokenizer", "train a SentencePiece tokenizer, or report on an existing one")
     _add_sources(tokenizer)
-    tokenizer.add_argument(
-        "--vocab-size", type=positive, required=True, help="pieces, 259 special and byte ones included"
+    kind = tokenizer.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--vocab-size", type=positive, help="train one of so many pieces, 259 special and byte ones included"
+    )
+    kind.add_argument(
+        "--existing", type=Path, metavar="TOKENIZER", help="take one as `shards --tokenizer` does, and report"
     )
     tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     tokenizer.add_argument(
@@ -178,12 +182,16 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def run_tokenizer(arguments: argparse.Namespace) -> None:
     """``monet-data tokenizer``."""
-    from data_prep.train_tokenizer import TokenizerOptions, train_tokenizer
+    from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
 
     options = TokenizerOptions(
-        arguments.vocab_size, arguments.model_type, arguments.sample_bytes, arguments.normalization
+        arguments.vocab_size,
+        arguments.model_type,
+        arguments.sample_bytes,
+        arguments.normalization,
+        arguments.existing,
     )
-    report = train_tokenizer(read_recipe(arguments), options, arguments.out)
+    report = make_tokenizer(read_recipe(arguments), options, arguments.out)
     print(f"{arguments.out}: {report['tokenizer']['vocabulary_size']} pieces")
     print(f"  {'source':<28} {'documents':>10} {'bytes/token':>12} {'unknown':>9} {'round-trip failures':>20}")
     for name, row in report["sources"].items():

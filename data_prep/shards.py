@@ -68,7 +68,7 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
             kept += shard.documents
             _judge(log, kept, ENOUGH_TO_JUDGE, plan.options.max_bad_share)
         _judge(log, kept, 1, plan.options.max_bad_share)
-        write_whole(folder / plan.tokenizer.record.file, plan.tokenizer.path.read_bytes())
+        plan.tokenizer.copy_to(folder)
         journal.finish(log.totals)
     return _write_manifest(folder, [journal], plan.tokenizer) if plan.options.tasks == 1 else None
 

@@ -12,14 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.files import sha256_file
+from data_prep.files import sha256_file, write_whole
 from monet_train.data.manifest import TokenizerRecord
 from monet_train.errors import UserError
 
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+CONFIG_NAME = "tokenizer_config.json"  # names the special tokens of a tokenizer.json
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
+BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 BLOCK = 8  # texts encoded at once; the ids of more fall out of the processor's caches
 COMPARED_CHARS = 200  # of one text a call, to see that the fast encoder is right
-BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+UNHEARD_OF = "\U0010fffd\x01"  # characters that no tokenizer was trained on
 
 
 class Tokenizer(ABC):
@@ -39,6 +42,28 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there."""
+        write_whole(folder / self.record.file, self.path.read_bytes())
+
+    def check_special_tokens(self, names: dict[str, int]) -> None:
+        """Refuse a tokenizer that makes a special token out of plain text: a document must not end within itself.
+
+        Args:
+            names: how the special tokens are written, and their ids.
+
+        Raises:
+            UserError: one is made of its own name, or of characters that are in no text.
+        """
+        for text in (*names, UNHEARD_OF):
+            made = set(self.encode([f"a{text} {text}"])[0])
+            for name, number in names.items():
+                if number in made:
+                    raise UserError(
+                        f"tokenizer {self.path} makes its special token {name!r} out of the plain text {text!r}: mark "
+                        "it as special in the file, or use another tokenizer"
+                    )
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """All texts one after the other, each with the end-of-text token: tokens int32 [sum], lengths int32 [n]."""
@@ -70,11 +95,12 @@ class SentencePieceTokenizer(Tokenizer):
             sha256=sha256_file(path),
             vocabulary_size=self.processor.get_piece_size(),
             eos_id=self.processor.eos_id(),
-            bos_id=self.processor.bos_id() if self.processor.bos_id() >= 0 else None,
-            unk_id=self.processor.unk_id() if self.processor.unk_id() >= 0 else None,
+            bos_id=_known(self.processor.bos_id()),
+            unk_id=_known(self.processor.unk_id()),
+            pad_id=_known(self.processor.pad_id()),
         )
-
         self._fast = _fast_encoder(path)
+        self.check_special_tokens({self.processor.id_to_piece(i): i for i in self.record.special_ids})
 
     def encoded(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without special tokens; made BLOCK texts at a time.
@@ -103,6 +129,11 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
         return self.processor.decode([int(i) for i in ids])
+
+
+def _known(number: int) -> int | None:
+    """SentencePiece's number of a special token, of which -1 says that there is none."""
+    return number if number >= 0 else None
 
 
 def _fast_encoder(path: Path) -> Any:
@@ -139,25 +170,37 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path} is no Hugging Face tokenizer: {error}") from None
         self.inner.no_truncation()
         self.inner.no_padding()
+        self.inner.encode_special_tokens = True  # the name of a special token in a text is text
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
-        named = _named_tokens(path.with_name("tokenizer_config.json"))
-        eos = next((t for t in (named.get("eos_token"), *END_TOKENS) if t in vocabulary), None)
-        bos = next((t for t in (named.get("bos_token"), *BEGIN_TOKENS) if t in vocabulary), None)
+        named = _named_tokens(path.with_name(CONFIG_NAME))
+
+        def find(role: str, usual: tuple[str, ...]) -> int | None:
+            return next((vocabulary[t] for t in (named.get(role), *usual) if t in vocabulary), None)
+
+        eos = find("eos_token", END_TOKENS)
         if eos is None:
             raise UserError(
                 f"tokenizer {path} has none of the end-of-text tokens {', '.join(END_TOKENS)}: name it as eos_token "
-                "in tokenizer_config.json beside the file"
+                f"in {CONFIG_NAME} beside the file"
             )
-        unk = next((vocabulary[t] for t in (named.get("unk_token"), "<unk>") if t in vocabulary), None)
         self.record = TokenizerRecord(
             file="tokenizer.json",
             kind="huggingface",
             sha256=sha256_file(path),
             vocabulary_size=max(vocabulary.values()) + 1,
-            eos_id=vocabulary[eos],
-            bos_id=vocabulary[bos] if bos else None,
-            unk_id=unk,
+            eos_id=eos,
+            bos_id=find("bos_token", BEGIN_TOKENS),
+            unk_id=find("unk_token", ("<unk>",)),
+            pad_id=find("pad_token", ("<pad>", "<|pad|>")),
         )
+        self.check_special_tokens({text: i for text, i in vocabulary.items() if i in self.record.special_ids})
+
+    def copy_to(self, folder: Path) -> None:
+        """Put the tokenizer into a folder, with the file that names its special tokens."""
+        config = self.path.with_name(CONFIG_NAME)
+        if config.is_file():
+            write_whole(folder / CONFIG_NAME, config.read_bytes())
+        super().copy_to(folder)
 
     def encoded(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without special tokens; made BLOCK texts at a time."""
@@ -187,7 +230,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise UserError(f"tokenizer {path}: there is no installed package {package!r}: pip install it")
         path = Path(specification.origin).parent / inside
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
         if not found:
             raise UserError(
                 f"tokenizer {path} holds neither tokenizer.model nor tokenizer.json: train one with "

@@ -1,11 +1,13 @@
-"""``monet-data tokenizer``: train a SentencePiece model and report how well it fits."""
+"""``monet-data tokenizer``: train a SentencePiece model, or take one over, and report how well it fits."""
 
 from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,52 +17,63 @@ from data_prep.documents import Document, parse, read_chunks
 from data_prep.files import write_whole
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
 
 PIECE_CHARS = 2000  # documents are cut into pieces of this length for the trainer
 REPORT_BYTES = 1_000_000  # of each source, for the report
 MODEL_NAME, REPORT_NAME = "tokenizer.model", "report.json"
+NO_DOCUMENT = "the sources hold no document: check the paths, --text-field and the filters"
 
 
 @dataclass(frozen=True)
 class TokenizerOptions:
     """Settings of the training."""
 
-    vocab_size: int
+    vocab_size: int | None  # None: do not train but take ``existing``
     model_type: str = "bpe"  # bpe | unigram
     sample_bytes: int = 100_000_000  # of text to learn from
     normalization: str = "identity"  # SentencePiece's rule: identity | nfkc | nmt_nfkc ...
+    existing: Path | None = None  # a tokenizer to report on
 
 
-def train_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> dict[str, Any]:
-    """Train into ``folder`` (tokenizer.model, report.json) and return the report.
+def make_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> dict[str, Any]:
+    """Train a tokenizer into ``folder``, or copy the existing one; with report.json, which is returned.
 
     Raises:
         UserError: the folder has another tokenizer, there is no text, or the vocabulary does not fit the text.
     """
     parts = list_parts(recipe)
+    existing = load_tokenizer(options.existing) if options.existing else None
     asked = {
         **asdict(options),
+        "existing": existing.record.sha256 if existing else None,
         "sources": [{**asdict(source), "source": Path(source.source).name} for source in recipe.sources],
         "files": [part.identity() for part in parts],
         "max_documents": recipe.max_documents,
         "max_bytes": recipe.max_bytes,
     }
-    if (folder / MODEL_NAME).exists():
+    if any((folder / name).exists() for name in TOKENIZER_FILES):
         return _existing_report(folder, asked)
     budget = min(options.sample_bytes, recipe.max_bytes or options.sample_bytes)
     texts = _Sample(parts, budget, recipe.max_documents)
-    model = _train(texts, options)
+    model = folder / f".{MODEL_NAME}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f".{MODEL_NAME}", model)
-        tokenizer = load_tokenizer(folder / f".{MODEL_NAME}")
+        if existing is None:
+            write_whole(model, _train(texts, options))
+        else:
+            deque(texts, maxlen=0)  # reading fills texts.kept
+        if not texts.kept:
+            raise UserError(NO_DOCUMENT)
+        tokenizer = existing or load_tokenizer(model)
         report = {"asked": asked, "sampled_bytes": texts.bytes, **tokenizer_report(tokenizer, texts.kept)}
         write_whole(folder / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-        (folder / f".{MODEL_NAME}").replace(folder / MODEL_NAME)
+        tokenizer.copy_to(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): make room or choose another --out") from None
+    finally:
+        model.unlink(missing_ok=True)
     return report
 
 
@@ -133,18 +146,12 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
 
     buffer = io.BytesIO()
     pieces = (piece for piece in texts if "\0" not in piece)
-    try:
-        first = next(pieces)
-    except StopIteration:
-        raise UserError("the sources hold no document: check the paths, --text-field and the filters") from None
-
-    def sentences() -> Iterator[str]:
-        yield first
-        yield from pieces
-
+    first = next(pieces, None)
+    if first is None:
+        raise UserError(NO_DOCUMENT)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(),
+            sentence_iterator=chain([first], pieces),
             model_writer=buffer,
             vocab_size=options.vocab_size,
             model_type=options.model_type,

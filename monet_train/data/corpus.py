@@ -8,13 +8,13 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from monet_train.data.megatron import helpers
-from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Sequence
+from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Piece, Sequence
 from monet_train.data.shards import Shard, ShardSet, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
 
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 BLEND_PERIOD = 1 << 16  # weights are kept to 1/65536
 SPLIT_BLOCK = 1 << 20  # documents hashed at once
+
+
+class Reading(NamedTuple):
+    """How much of one pool of shards a run reads."""
+
+    paths: str
+    sequences: int  # that the run takes
+    per_epoch: int
+
+    def __str__(self) -> str:
+        """An exact statement of epochs."""
+        epochs, rest = divmod(self.sequences, self.per_epoch)
+        return f"{epochs} epochs and {rest:,} of {self.per_epoch:,} sequences of {self.paths}"
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,14 @@ class Corpus:
     for, ``len(valid)`` at most one epoch of the held-out documents.
     """
 
-    train: torch.utils.data.Dataset[Sequence]
-    valid: torch.utils.data.Dataset[Sequence] | None
+    train: PackedSequences | Blend
+    valid: Blend | None
     identity: dict[str, Any]  # what decides the order of sequences, by name
     vocab_size: int  # of the tokenizer; of the model where the shards do not tell
     tokenizer_file: Path | None
     train_tokens: int  # in one epoch
     documents: int  # training and held-out
+    readings: list[Reading]  # by path with weights, otherwise one of all paths
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,19 +128,19 @@ def open_corpus(
             identity=f"{split.identity} {'valid' if held_out else 'train'}",
         )
 
-    def dataset(held_out: bool, length: int) -> torch.utils.data.Dataset[Sequence]:
-        parts = [packed(number, held_out, length) for number in range(len(pools))]
-        if held_out:
-            length = min(length, sum(part.per_epoch for part in parts))
-        if len(parts) == 1 and not held_out:
-            return parts[0]
-        weights = [float(part.per_epoch) for part in parts] if held_out else list(config.weights or [1.0])
-        return Blend(parts, weights, length)
+    parts = [packed(number, False, train_sequences) for number in range(len(pools))]
+    train = Blend(parts, list(config.weights), train_sequences) if config.weights else parts[0]
+    counts = train.counts() if isinstance(train, Blend) else [train_sequences]
+    valid = None
+    if config.validation_fraction and valid_sequences:
+        held_out = [packed(number, True, valid_sequences) for number in range(len(pools))]
+        sizes = [part.per_epoch for part in held_out]
+        valid = Blend(held_out, [float(size) for size in sizes], min(valid_sequences, sum(sizes)))
 
     manifests = [shard_set.manifest for shard_set in sets if shard_set.manifest]
     return Corpus(
-        train=dataset(False, train_sequences),
-        valid=dataset(True, valid_sequences) if config.validation_fraction and valid_sequences else None,
+        train=train,
+        valid=valid,
         identity={
             "shards": [shard_set.fingerprint for shard_set in sets],
             "weights": [float(weight) for weight in config.weights] if config.weights else None,
@@ -140,6 +154,10 @@ def open_corpus(
         tokenizer_file=next((s.tokenizer_file for s in sets if s.tokenizer_file), None),
         train_tokens=sum(split.facts["train_tokens"] for split in splits),
         documents=sum(split.facts["documents"] for split in splits),
+        readings=[
+            Reading(", ".join(str(shard_set.path) for shard_set in pool), count, part.per_epoch)
+            for pool, count, part in zip(pools, counts, parts, strict=True)
+        ],
     )
 
 
@@ -157,10 +175,24 @@ class Blend(torch.utils.data.Dataset[Sequence]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Sequence:
+    def _place(self, index: int) -> tuple[PackedSequences, int]:
         period, place = divmod(int(index), BLEND_PERIOD)
         part = int(self._part[place])
-        return self.parts[part][int(period * self._shares[part] + self._index[place])]
+        return self.parts[part], int(period * self._shares[part] + self._index[place])
+
+    def __getitem__(self, index: int) -> Sequence:
+        part, inner = self._place(index)
+        return part[inner]
+
+    def pieces(self, index: int) -> list[Piece]:
+        """The pieces of documents that a sequence is made of; their lengths add up to ``seq_length + 1``."""
+        part, inner = self._place(index)
+        return part.pieces(inner)
+
+    def counts(self) -> list[int]:
+        """How many of the first ``len(self)`` sequences come from each part."""
+        periods, rest = divmod(self._length, BLEND_PERIOD)
+        return (periods * self._shares + np.bincount(self._part[:rest], minlength=len(self.parts))).tolist()
 
 
 def _shares(weights: list[float]) -> np.ndarray:

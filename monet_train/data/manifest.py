@@ -25,6 +25,13 @@ class TokenizerRecord:
     eos_id: int
     bos_id: int | None
     unk_id: int | None
+    pad_id: int | None = None
+
+    @property
+    def special_ids(self) -> set[int]:
+        """Ids that no text may give: those of its end and begin, and padding unless it is the unknown token."""
+        padding = None if self.pad_id == self.unk_id else self.pad_id
+        return {i for i in (self.eos_id, self.bos_id, padding) if i is not None}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,15 @@ class Sequence(NamedTuple):
     positions: torch.Tensor | None  # int64 [S], from 0 in each document piece; with data.reset_positions
 
 
+class Piece(NamedTuple):
+    """A stretch of one document, in the place where a sequence has it."""
+
+    shard: Path  # prefix of the ``.bin``/``.idx`` pair
+    document: int  # number in the shard (of the sequence, where Megatron's tools cut documents into several)
+    offset: int  # first token
+    length: int  # tokens
+
+
 class EpochIndex(NamedTuple):
     """Which pieces of which documents make each sequence of one epoch."""
 
@@ -71,6 +80,7 @@ class DocumentStore:
     def __init__(self, shards: tuple[Shard, ...], vocab_size: int) -> None:
         self.shards = shards
         self.vocab_size = vocab_size
+        self._numbers = {shard.prefix: number for number, shard in enumerate(shards)}
         self.first = np.cumsum([0] + [shard.header.sequences for shard in shards])
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
 
@@ -101,19 +111,25 @@ class DocumentStore:
             documents += len(borders) - 1
         return np.concatenate(owners)
 
-    def read(self, document: int, offset: int, length: int | None) -> np.ndarray:
-        """``length`` tokens (None: the rest) of a document from ``offset`` on, int64.
+    def piece(self, document: int, offset: int, length: int | None) -> Piece:
+        """``length`` tokens (None: the rest) of a document from ``offset`` on."""
+        number = int(np.searchsorted(self.first, document, side="right")) - 1
+        local = int(document - self.first[number])
+        if length is None:
+            length = int(self._open(number).sequence_lengths[local]) - offset
+        return Piece(self.shards[number].prefix, local, offset, length)
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The tokens of a piece, int64.
 
         Raises:
             UserError: a token lies outside the model's vocabulary.
         """
-        number = int(np.searchsorted(self.first, document, side="right")) - 1
-        local = int(document - self.first[number])
-        dataset = self._open(number)
-        tokens = dataset.get(local, offset=offset, length=length).astype(np.int64)
+        dataset = self._open(self._numbers[piece.shard])
+        tokens = dataset.get(piece.document, offset=piece.offset, length=piece.length).astype(np.int64)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise UserError(
-                f"{self.shards[number].bin}: document {local} has a token outside the model's vocabulary of "
+                f"{piece.shard}.bin: document {piece.document} has a token outside the model's vocabulary of "
                 f"{self.vocab_size}: check the shards with `monet-data verify`, or set model.vocab_size"
             )
         return tokens
@@ -167,7 +183,8 @@ class PackedSequences(torch.utils.data.Dataset[Sequence]):
             return build()
         return self._cache.load(f"{self._identity} {self.seq_length} {seed}", build)
 
-    def __getitem__(self, index: int) -> Sequence:
+    def pieces(self, index: int) -> list[Piece]:
+        """The pieces of documents that a sequence is made of; their lengths add up to ``seq_length + 1``."""
         epoch, place = divmod(int(index), self.per_epoch)
         with self._lock:
             documents, samples, order = self._epochs(epoch)
@@ -177,8 +194,11 @@ class PackedSequences(torch.utils.data.Dataset[Sequence]):
         for position in range(first, last + 1):
             begin = start if position == first else 0
             length = stop + 1 - begin if position == last else None
-            pieces.append(self.store.read(int(documents[position]), begin, length))
-        return self._sequence([piece for piece in pieces if len(piece)])
+            pieces.append(self.store.piece(int(documents[position]), begin, length))
+        return [piece for piece in pieces if piece.length]
+
+    def __getitem__(self, index: int) -> Sequence:
+        return self._sequence([self.store.read(piece) for piece in self.pieces(index)])
 
     def _sequence(self, pieces: list[np.ndarray]) -> Sequence:
         tokens = torch.from_numpy(np.concatenate(pieces, dtype=np.int64))

@@ -96,7 +96,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         checkpoints.load(trainer, resume)
     if launch.is_main:
         write_descriptions(folder, config, device, launch.world_size)
-        _announce(config, trainer, topology, device, resume)
+        _announce(config, trainer, corpus, topology, device, resume)
     return trainer
 
 
@@ -202,7 +202,7 @@ def _callbacks(
         callbacks.append(Progress(steps, config.logging.every, config.logging.progress))
     if corpus.valid is not None and config.eval.every is not None:
         micro_step = topology.data_size * config.train.micro_batch_size
-        available: int = len(corpus.valid)  # type: ignore[arg-type]  # a map-style dataset has a length
+        available = len(corpus.valid)
         sequences = max(1, min(config.eval.sequences, available) // micro_step) * micro_step
         evaluation = _micro_batches(corpus.valid, sequences, config, topology)
         callbacks.append(Evaluation(evaluation, config.eval.every))
@@ -210,7 +210,7 @@ def _callbacks(
 
 
 def _announce(
-    config: TrainConfig, trainer: Trainer, topology: Topology, device: torch.device, resume: Path | None
+    config: TrainConfig, trainer: Trainer, corpus: Corpus, topology: Topology, device: torch.device, resume: Path | None
 ) -> None:
     parameters = training_flops_per_token(config.model, config.train.seq_length)
     print(
@@ -220,3 +220,4 @@ def _announce(
         + (f"goes on after step {trainer.step} ({resume})" if resume else f"starts in {Path(config.run.dir)}"),
         flush=True,
     )
+    print(f"{trainer.total_steps:,} steps read " + ", ".join(map(str, corpus.readings)), flush=True)

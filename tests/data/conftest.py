@@ -15,7 +15,7 @@ from data_prep.pipeline import ShardOptions
 from data_prep.recipe import Recipe, Source, recipe_from
 from data_prep.shards import prepare as prepare_shards
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from data_prep.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset, IndexedDatasetBuilder
 
@@ -45,7 +45,7 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A SentencePiece model of 400 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
-    train_tokenizer(Recipe([Source(str(jsonl / "*.jsonl"))]), TokenizerOptions(400), folder)
+    make_tokenizer(Recipe([Source(str(jsonl / "*.jsonl"))]), TokenizerOptions(400), folder)
     return load_tokenizer(folder)
 
 

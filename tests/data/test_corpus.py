@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,11 @@ from megatron.core.datasets.utils import Split
 from monet_train.config import DataConfig
 from monet_train.data import packing
 from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
+from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
 from monet_train.errors import UserError
-from tests.data.conftest import write_megatron
+from tests.data.conftest import text_of, write_megatron
 
 S = 64
 
@@ -180,6 +182,61 @@ def test_a_blend_keeps_its_weights_and_the_order_of_its_parts(tmp_path: Path) ->
     share = np.mean([float((pool.train[i].tokens == 10).float().mean()) for i in range(100)])
     assert 0.4 < share < 0.6
     assert blend.train_tokens == pool.train_tokens or abs(blend.train_tokens - pool.train_tokens) < 2000
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["pool", "blend"])
+def test_a_sequence_tells_its_documents_and_their_labels(
+    weights: list[float] | None, shards: Path, prepare, tokenizer, tmp_path: Path
+) -> None:
+    other = prepare(tmp_path / "other", labels={"domain": "elsewhere"}, tokens_per_shard=9000)
+    corpus = open_([str(shards), str(other)], tmp_path, weights=weights)
+    domains = set()
+    opened = {prefix.with_suffix(""): IndexedDataset(str(prefix.with_suffix("")))
+              for folder in (shards, other) for prefix in folder.glob("*.bin")}  # fmt: skip
+    for i in range(corpus.readings[0].per_epoch - 5, corpus.readings[0].per_epoch + 60):
+        pieces = corpus.train.pieces(i)
+        texts = [opened[p.shard].get(p.document, p.offset, p.length) for p in pieces]
+        assert np.array_equal(np.concatenate(texts), corpus.train[i].tokens.numpy())
+        assert sum(piece.length for piece in pieces) == S + 1
+        for piece in pieces:
+            labels = document_labels(piece.shard, piece.document)
+            whole = tokenizer.decode(opened[piece.shard][piece.document].tolist())
+            number = int(whole.removeprefix("Document ").split(".")[0])
+            domain = "elsewhere" if piece.shard.parent == other else None
+            size = len(text_of(number).encode())
+            assert labels == {
+                "lang": ("en", "ru")[number % 2], "domain": domain, "source": "made up", "bytes": size
+            }  # fmt: skip
+            domains.add(domain)
+    assert len(domains) == 2
+
+
+def test_labels_that_are_not_there_are_refused(shards: Path, one_shard: Path) -> None:
+    with pytest.raises(UserError, match="shard has"):
+        document_labels(shards / "shard-00000", 300)
+    with pytest.raises(UserError, match=r"megatron.labels.parquet: the file is missing"):
+        document_labels(one_shard, 0)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["pool", "blend"])
+def test_a_run_states_its_epochs_exactly(
+    weights: list[float] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted over the sequences themselves; the blend's count goes over its period."""
+    monkeypatch.setattr("monet_train.data.corpus.BLEND_PERIOD", 256)
+    a = write_megatron(tmp_path / "a", [[[10] * 50] for _ in range(100)])
+    b = write_megatron(tmp_path / "b", [[[20] * 50] for _ in range(100)])
+    corpus = open_([str(a), str(b)], tmp_path, weights=weights, train_sequences=1001)
+    counts = [reading.sequences for reading in corpus.readings]
+    assert sum(counts) == 1001
+    if weights:
+        drawn = Counter(corpus.train.pieces(i)[0].shard.name for i in range(1001))
+        assert counts == [drawn["a"], drawn["b"]]
+    else:
+        per_epoch = (corpus.train_tokens - 1) // S
+        assert str(corpus.readings[0]) == f"{1001 // per_epoch} epochs and {1001 % per_epoch} of {per_epoch} " + (
+            f"sequences of {a}, {b}"
+        )
 
 
 def test_a_big_index_is_cached_once_and_read_as_built(

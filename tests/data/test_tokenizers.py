@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
-from tests.data.conftest import REPOSITORY, text_of
+from tests.data.conftest import REPOSITORY, documents_of, text_of
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
 
@@ -75,19 +75,61 @@ def test_a_tokenizer_of_an_installed_package() -> None:
         load_tokenizer(Path("nowhere:model"))
 
 
-def test_a_hugging_face_tokenizer_serves_too(jsonl: Path, prepare, tmp_path: Path) -> None:
+def byte_level(folder: Path, special: str, marked: bool = True) -> Path:
+    """A tokenizer.json of bytes, frequent words and a special token at the end, which is marked as such or not."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     inner.train_from_iterator([text_of(i) for i in range(50)], trainer)
-    inner.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.record.eos_id == 0 and tokenizer.record.kind == "huggingface"
+    inner.add_tokens([tokenizers.AddedToken(special, special=marked)])
+    folder.mkdir(exist_ok=True)
+    inner.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_hugging_face_tokenizer_serves_too(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path, "<|endoftext|>"))
+    assert tokenizer.record.eos_id == 380 and tokenizer.record.kind == "huggingface"
     (ids,) = tokenizer.encode([text_of(3)])
     assert tokenizer.decode(ids) == text_of(3)
+
+
+def test_special_tokens_are_known_and_no_text_makes_them(
+    data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path
+) -> None:
+    """A text that writes `</s>` does not end there; the shard's last token of a document is its only such one."""
+    folder = byte_level(tmp_path / "t", "<|fin|>")
+    status, _, err = data("shards", jsonl / "*.jsonl", "--tokenizer", folder, "--out", tmp_path / "o", "--workers", 1)
+    assert status == 2 and "none of the end-of-text tokens" in err and "tokenizer_config.json" in err
+    names = {"eos_token": "<|fin|>", "bos_token": {"content": "<|fin|>"}, "pad_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    source = tmp_path / "odd.jsonl"
+    for model, text in ((folder, "a<|fin|>b <|fin|>"), (tokenizer.path, "a</s>b <s> </s><unk>")):
+        source.write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "more"}) + "\n")
+        out = tmp_path / f"from {model.name}"
+        assert data("shards", source, "--tokenizer", model, "--out", out, "--workers", 1)[0] == 0
+        assert documents_of(out, load_tokenizer(model)) == [text, "more"]
+        assert data("verify", out)[0] == 0 and repr(text) in data("info", out)[1], "the copied tokenizer is whole"
+    record = load_tokenizer(folder).record
+    assert (record.eos_id, record.bos_id, record.unk_id, record.pad_id) == (380, 380, None, None)
+
+
+def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"makes its special token '</s>' out of the plain text '</s>'"):
+        load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
+
+
+def test_an_existing_tokenizer_is_reported_on(data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> None:
+    source = ("tokenizer", jsonl / "*.jsonl", "--out")
+    status, out, _ = data(*source, tmp_path / "new", "--existing", tokenizer.path)
+    assert status == 0 and "400 pieces" in out and "made up" in out
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "new", tokenizer.path.parent)]
+    assert reports[0]["sources"] == reports[1]["sources"] and reports[0]["tokenizer"] == reports[1]["tokenizer"]
+    assert (tmp_path / "new" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    assert data(*source, tmp_path / "new", "--existing", tokenizer.path)[0] == 0
+    assert "has another tokenizer" in data(*source, tmp_path / "new", "--vocab-size", 400)[2]
+    assert "one of the arguments --vocab-size --existing is required" in data(*source, tmp_path / "none")[2]
