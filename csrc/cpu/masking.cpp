@@ -34,6 +34,7 @@ inline void add(C* __restrict out, C factor, const C* __restrict in, U units) {
 // The number of units: known to the compiler for the usual sizes, so that loops over it unroll.
 template <int known>
 struct Units {
+  static constexpr int64_t count = known;
   explicit Units(int64_t) {}
   operator int64_t() const { return known; }
 };
@@ -141,6 +142,13 @@ void for_each_token(const Side<C>& side1, const Side<C>& side2, int64_t units, c
   });
 }
 
+// An expert of a token: its active gates, its factor in the mask, and w = factor gate1 gate2.
+template <class C>
+struct ActiveExpert {
+  const Active<C>*one, *two;
+  C factor, w;
+};
+
 // The experts of each token under a mask. There are few: about k * k a head.
 template <class C>
 class MaskedExperts {
@@ -151,10 +159,21 @@ class MaskedExperts {
     experts_of_pairs(side2.pairs, expert2_.data());
   }
 
-  // f(gate of side 1, gate of side 2, factor, w) for the active experts of a token, w = factor gate gate. Without those
-  // whose w is 0: an expert that is off has no say, whatever it computes.
+  // f(first, last) for runs of experts of a token that have the gate of side 1 in common. Without those whose w is 0: an
+  // expert that is off has no say, whatever it computes.
   template <class U, class F>
-  void for_each(const TokenSide<C, U>& one, const TokenSide<C, U>& two, const F& f) const {
+  void for_each_run(const TokenSide<C, U>& one, const TokenSide<C, U>& two, const F& f) const {
+    // All factors first: they are far apart in memory, and reads that wait for nothing overlap.
+    ActiveExpert<C> room[kRoom + kRun], *end = room;
+    const auto flush = [&] {
+      for (const ActiveExpert<C>* first = room; first != end;) {
+        const ActiveExpert<C>* last = first + 1;
+        while (last != end && last->one == first->one) ++last;
+        f(first, last);
+        first = last;
+      }
+      end = room;
+    };
     const Active<C>* two_begin = two.begin();
     for (const Active<C>* i = one.begin(); i != one.end();) {
       const int32_t head = i->head;
@@ -163,18 +182,49 @@ class MaskedExperts {
       while (two_end != two.end() && two_end->head == head) ++two_end;
       for (; i != one.end() && i->head == head; ++i) {
         const C* factors = mask_.factors + head * mask_.head_stride + expert1_[i->pair] * experts_;
-        for (const Active<C>* j = two_begin; j != two_end; ++j) {
-          const C factor = factors[expert2_[j->pair]], w = factor * i->gate * j->gate;
-          if (w != 0) f(*i, *j, factor, w);
+        for (const Active<C>* j = two_begin; j != two_end;) {
+          if (end - room >= kRoom) flush();
+          for (const Active<C>* run_end = j + smaller(kRun, two_end - j); j != run_end; ++j) {
+            const C factor = factors[expert2_[j->pair]], w = factor * i->gate * j->gate;
+            *end = {i, j, factor, w};
+            end += w != 0;
+          }
         }
       }
     }
+    flush();
   }
 
  private:
+  static constexpr int64_t kRoom = 256, kRun = 32;
+
   Mask<C> mask_;
   int64_t experts_;
   std::vector<int32_t> expert1_, expert2_;
+};
+
+// A row of units that is summed up: in registers where their number is known.
+template <class C, class U>
+class RowSum {
+ public:
+  RowSum(C* row, U units) : row_(row), units_(units) { std::copy_n(row, units, sum_); }
+  ~RowSum() { std::copy_n(sum_, units_, row_); }
+  void add(C factor, const C* in) { monet::cpu::add(sum_, factor, in, units_); }
+
+ private:
+  C* row_;
+  U units_;
+  C sum_[U::count];
+};
+template <class C>
+class RowSum<C, Units<0>> {
+ public:
+  RowSum(C* row, Units<0> units) : row_(row), units_(units) {}
+  void add(C factor, const C* in) { monet::cpu::add(row_, factor, in, units_); }
+
+ private:
+  C* row_;
+  Units<0> units_;
 };
 
 template <class C>
@@ -196,11 +246,19 @@ void mix_vertical_masked(
     one.clear(mix.cross1);
     two.clear(mix.cross2);
     const auto units = one.units();
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C, C w) {
-      total1[i.pair] += w;
-      total2[j.pair] += w;
-      add(mix.cross1 + i.pair * units, w, mix.own2 + j.pair * units, units);
-      add(mix.cross2 + j.pair * units, w, mix.own1 + i.pair * units, units);
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const int32_t pair1 = e->one->pair;
+      const C* a = mix.own1 + pair1 * units;
+      RowSum cross1(mix.cross1 + pair1 * units, units);
+      C total = total1[pair1];
+      for (; e != last; ++e) {
+        const int32_t pair2 = e->two->pair;
+        total += e->w;
+        total2[pair2] += e->w;
+        cross1.add(e->w, mix.own2 + pair2 * units);
+        add(mix.cross2 + pair2 * units, e->w, a, units);
+      }
+      total1[pair1] = total;
     });
     one.template scale_by_total<false>(total1.data(), mix.own1, mix.own1);
     two.template scale_by_total<false>(total2.data(), mix.own2, mix.own2);
@@ -223,18 +281,28 @@ void mix_vertical_masked_backward(
     for (C* sum : {mix.cross1, ds1}) one.clear(sum);
     for (C* sum : {mix.cross2, ds2}) two.clear(sum);
     const auto units = one.units();
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C factor, C w) {
-      const int64_t at1 = i.pair * units, at2 = j.pair * units;
-      const C *a = mix.own1 + at1, *c = mix.own2 + at2, *dcross1 = dmix.cross1 + at1, *dcross2 = dmix.cross2 + at2;
-      const C dw = dtotal1[i.pair] + dtotal2[j.pair] + dot(dcross1, c, units) + dot(dcross2, a, units);
-      dgates1[i.pair * side1.heads + i.head] += factor * j.gate * dw;
-      dgates2[j.pair * side2.heads + j.head] += factor * i.gate * dw;
-      total1[i.pair] += w;
-      total2[j.pair] += w;
-      add(mix.cross1 + at1, w, c, units);
-      add(mix.cross2 + at2, w, a, units);
-      add(ds1 + at1, w, dcross2, units);
-      add(ds2 + at2, w, dcross1, units);
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const Active<C>& i = *e->one;
+      const int64_t at1 = i.pair * units;
+      const C *a = mix.own1 + at1, *dcross1 = dmix.cross1 + at1;
+      RowSum cross1(mix.cross1 + at1, units), da(ds1 + at1, units);
+      C total = total1[i.pair], dgate = dgates1[i.pair * side1.heads + i.head];
+      for (; e != last; ++e) {
+        const Active<C>& j = *e->two;
+        const int64_t at2 = j.pair * units;
+        const C *c = mix.own2 + at2, *dcross2 = dmix.cross2 + at2, w = e->w;
+        const C dw = dtotal1[i.pair] + dtotal2[j.pair] + dot(dcross1, c, units) + dot(dcross2, a, units);
+        dgate += e->factor * j.gate * dw;
+        dgates2[j.pair * side2.heads + j.head] += e->factor * i.gate * dw;
+        total += w;
+        total2[j.pair] += w;
+        cross1.add(w, c);
+        da.add(w, dcross2);
+        add(mix.cross2 + at2, w, a, units);
+        add(ds2 + at2, w, dcross1, units);
+      }
+      total1[i.pair] = total;
+      dgates1[i.pair * side1.heads + i.head] = dgate;
     });
     const auto side_backward = [](const auto& side, const C* s, const C* total, C* own, const C* down, C* ds) {
       side.template scale_by_total<true>(total, down, ds);
@@ -255,8 +323,9 @@ void mix_horizontal_masked(
     one.activate(s1, a.data());
     two.clear(y);
     const auto units = one.units();
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C, C w) {
-      add(y + j.pair * units, w, a.data() + i.pair * units, units);
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      for (const C* from = a.data() + e->one->pair * units; e != last; ++e)
+        add(y + e->two->pair * units, e->w, from, units);
     });
   });
 }
@@ -274,13 +343,21 @@ void mix_horizontal_masked_backward(
     two.clear(y);
     one.clear(ds1);
     const auto units = one.units();
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C factor, C w) {
-      const int64_t at1 = i.pair * units, at2 = j.pair * units;
-      const C dw = dot(dy + at2, a.data() + at1, units);
-      dgates1[i.pair * side1.heads + i.head] += factor * j.gate * dw;
-      dgates2[j.pair * side2.heads + j.head] += factor * i.gate * dw;
-      add(y + at2, w, a.data() + at1, units);
-      add(ds1 + at1, w, dy + at2, units);
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const Active<C>& i = *e->one;
+      const C* from = a.data() + i.pair * units;
+      RowSum da(ds1 + i.pair * units, units);
+      C dgate = dgates1[i.pair * side1.heads + i.head];
+      for (; e != last; ++e) {
+        const Active<C>& j = *e->two;
+        const int64_t at2 = j.pair * units;
+        const C dw = dot(dy + at2, from, units);
+        dgate += e->factor * j.gate * dw;
+        dgates2[j.pair * side2.heads + j.head] += e->factor * i.gate * dw;
+        add(y + at2, e->w, from, units);
+        da.add(e->w, dy + at2);
+      }
+      dgates1[i.pair * side1.heads + i.head] = dgate;
     });
     one.activate_backward(s1, ds1, ds1);
   });
@@ -292,9 +369,11 @@ void masked_totals(const Side<C>& side1, const Side<C>& side2, const Mask<C>& ma
   for_each_token(side1, side2, 1, [&](const auto& one, const auto& two) {
     one.clear(totals1);
     two.clear(totals2);
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C, C w) {
-      totals1[i.pair] += w;
-      totals2[j.pair] += w;
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      for (; e != last; ++e) {
+        totals1[e->one->pair] += e->w;
+        totals2[e->two->pair] += e->w;
+      }
     });
   });
 }
@@ -307,10 +386,13 @@ void masked_totals_backward(
   clear_gates(side1, dgates1);
   clear_gates(side2, dgates2);
   for_each_token(side1, side2, 1, [&](const auto& one, const auto& two) {
-    experts.for_each(one, two, [&](const Active<C>& i, const Active<C>& j, C factor, C) {
-      const C dw = dtotals1[i.pair] + dtotals2[j.pair];
-      dgates1[i.pair * side1.heads + i.head] += factor * j.gate * dw;
-      dgates2[j.pair * side2.heads + j.head] += factor * i.gate * dw;
+    experts.for_each_run(one, two, [&](const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      for (; e != last; ++e) {
+        const Active<C>&i = *e->one, &j = *e->two;
+        const C dw = dtotals1[i.pair] + dtotals2[j.pair];
+        dgates1[i.pair * side1.heads + i.head] += e->factor * j.gate * dw;
+        dgates2[j.pair * side2.heads + j.head] += e->factor * i.gate * dw;
+      }
     });
   });
 }
