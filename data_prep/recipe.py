@@ -33,6 +33,7 @@ class Source:
     max_chars: int | None = None  # longer ones too
     txt: str = "file"  # a .txt file is one document ("file"), or every line is ("line")
     config: str | None = None  # hf: the configuration's name
+    data_dir: str | None = None  # hf: a folder of the dataset
     split: str = "train"  # hf
     revision: str | None = None  # hf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Part:
     def identity(self) -> list[Any]:
         """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
         if self.kind == "hub":
-            return [self.source.source, self.source.config, self.source.split, self.stream, self.streams]
+            source = self.source
+            return [source.source, source.config, source.data_dir, source.split, self.stream, self.streams]
         return [Path(self.path).name, self.size, len(self.files)]
 
 
@@ -150,14 +152,19 @@ def open_hub(source: Source) -> Any:
     Raises:
         UserError: it cannot be opened.
     """
-    import datasets
-
     name = source.source.removeprefix("hf:")
     try:
-        return datasets.load_dataset(name, source.config, split=source.split, revision=source.revision, streaming=True)
+        return _load_hub(name, source.config, source.data_dir, source.split, source.revision)
     except Exception as error:  # the hub's clients raise dozens of kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"source {source.source}: the dataset cannot be opened ({reason}): check name, config, split, access "
             "rights and the network"
         ) from None
+
+
+@lru_cache(maxsize=128)
+def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> Any:
+    import datasets
+
+    return datasets.load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=True)

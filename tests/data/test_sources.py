@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 import data_prep.documents
 import data_prep.encode
@@ -143,24 +144,55 @@ def test_object_storage_is_read_and_not_written(data, jsonl: Path, tokenizer: To
     assert "cannot be listed" in data("shards", "nosuch://bucket/x.jsonl", *arguments[2:], tmp_path / "o")[2]
 
 
-def test_a_hub_dataset_is_streamed(
-    prepare: Callable[..., Path], tokenizer: Tokenizer, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub's reader over local files: the same streaming classes, without a network."""
-    import datasets
+def test_the_recipe_of_fineweb_edu_reads_a_dataset_laid_out_like_it(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The dataset's reader, configuration and split on a local folder; the hub itself is not asked."""
+    hub = tmp_path / "fineweb-edu"
+    for folder, first in (("data/CC-MAIN-2013-20", 100), ("sample/100BT", 0), ("sample/100BT", 20)):
+        (hub / folder).mkdir(parents=True, exist_ok=True)
+        texts = [text_of(first + i) for i in range(20)]
+        columns = {"text": texts, "id": [f"<urn:{i}>" for i in range(20)], "dump": ["CC-MAIN-2013-20"] * 20,
+                   "language": ["en"] * 20, "score": [2.5] * 20}  # fmt: skip
+        pyarrow.parquet.write_table(pyarrow.table(columns), hub / folder / f"{first:03d}_00000.parquet")
+    configs = [{"config_name": name, "data_files": [{"split": "train", "path": path}]}
+               for name, path in (("default", "data/*/*"), ("sample-100BT", "sample/100BT/*"))]  # fmt: skip
+    (hub / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    recipe = yaml.safe_load((REPOSITORY / "conf/data_prep/fineweb_edu.yaml").read_text())
+    assert recipe["sources"][0]["source"] == "hf:HuggingFaceFW/fineweb-edu"
+    recipe["sources"][0]["source"] = f"hf:{hub}"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    by_name = f"hf:{hub}:sample-100BT:train"
+    for out, source in ((tmp_path / "a", tmp_path / "recipe.yaml"), (tmp_path / "b", by_name)):
+        assert data("shards", source, "--tokenizer", tokenizer.path, "--out", out, "--workers", 2)[0] == 0
+        assert documents_of(out, tokenizer) == [text_of(i) for i in range(40)]
+    labels = Manifest.read(tmp_path / "a").shards[0].labels
+    assert [list(labels[name]) for name in LABELS] == [["en"], ["web"], ["CC-MAIN-2013-20"]]
+    status, _, err = data("shards", f"hf:{hub}:sample-10BT", "--tokenizer", tokenizer.path, "--out", tmp_path / "c")
+    assert status == 2 and err.count("\n") == 1 and "sample-10BT" in err and "cannot be opened" in err
 
-    real = datasets.load_dataset
-    calls = []
 
-    def local(name: str, config: str | None, **options: object) -> object:
-        calls.append((name, config, options["split"]))
-        return real("json", data_files=str(jsonl / "*.jsonl"), **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", local)
-    out = prepare(tmp_path / "out", ["hf:owner/name:sample"])
-    assert sorted(documents_of(out, tokenizer)) == sorted(text_of(i) for i in range(300))
-    assert set(calls) == {("owner/name", "sample", "train")}
-    assert Manifest.read(out).shards[0].labels["lang"].keys() == {"en", "ru"}
+def test_the_recipe_of_starcoder_reads_a_dataset_laid_out_like_it(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A folder a language, and one with other columns that is not read."""
+    hub = tmp_path / "starcoderdata"
+    recipe = yaml.safe_load((REPOSITORY / "conf/data_prep/starcoder.yaml").read_text())
+    assert {source["source"] for source in recipe["sources"]} == {"hf:bigcode/starcoderdata"}
+    languages = [source["data_dir"] for source in recipe["sources"]]
+    assert languages == [source["labels"]["lang"] for source in recipe["sources"]] and "python" in languages
+    for number, language in enumerate(languages):
+        columns = {"content": [text_of(2 * number), text_of(2 * number + 1)], "max_stars_repo_name": ["owner/name"] * 2,
+                   "max_stars_repo_path": ["a", "b"], "id": ["0", "1"]}  # fmt: skip
+        (hub / language).mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table(columns), hub / language / "train-00000-of-00001.parquet")
+    (hub / "git-commits-cleaned").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"commits": [1]}), hub / "git-commits-cleaned" / "train-0.parquet")
+    for source in recipe["sources"]:
+        source["source"] = f"hf:{hub}"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("shards", tmp_path / "recipe.yaml", "--tokenizer", tokenizer.path, "--out", tmp_path / "out")
+    assert data(*arguments, "--workers", 1)[0] == 0
+    assert documents_of(tmp_path / "out", tokenizer) == [text_of(i) for i in range(2 * len(languages))]
+    labels = Manifest.read(tmp_path / "out").shards[0].labels
+    assert {name: counts[0] for name, counts in labels["lang"].items()} == dict.fromkeys(sorted(languages), 2)
+    assert labels["source"].keys() == {"owner/name"} and labels["domain"].keys() == {"code"}
 
 
 @pytest.mark.skipif(not CORPORA.is_dir(), reason="../shared/corpora is not there")
