@@ -24,8 +24,6 @@ from data_prep.tokenizers import Tokenizer
 from monet_train.data.manifest import Manifest
 from tests.data.conftest import REPOSITORY, contents
 
-CORPORA = REPOSITORY.parent / "shared" / "corpora"
-
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Also the rejects file and its counts: every 13th line is bad."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,8 +29,6 @@ from monet_train.data.index_file import read_index, token_dtype
 from monet_train.data.manifest import Manifest, Position
 from monet_train.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
-
-CORPORA = REPOSITORY.parent / "shared" / "corpora"
 
 
 def test_shards_hold_the_documents_in_order(shards: Path, tokenizer: Tokenizer) -> None:
@@ -173,6 +172,9 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     lines = (jsonl / "part-0.jsonl").read_bytes()
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-100])
     (folder / "cut.jsonl.zst").write_bytes(pyarrow.compress(lines, "zstd", asbytes=True)[:-100])
+    (folder / "cut.jsonl.xz").write_bytes(lzma.compress(lines)[:-100])
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), folder / "cut.parquet")
+    (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-100])
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "notes.docx").write_bytes(b"?")
     (folder / "recipe.yaml").write_text("sources: [{source: x.jsonl, min_char: 3}]")
@@ -189,6 +191,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
         "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
         "zstd cut short": (["shards", folder / "cut.jsonl.zst", *shards], "cut.jsonl.zst cannot be read (cut short"),
+        "xz cut short": (["shards", folder / "cut.jsonl.xz", *shards], "cut.jsonl.xz cannot be read (cut short"),
+        "parquet cut short": (["shards", folder / "cut.parquet", *shards], "cut.parquet cannot be read ("),
         "wrong field": (["shards", good, *shards, "--text-field", "body"], "no field 'body'"),
         "bad recipe": (
             ["shards", folder / "recipe.yaml", *shards], "'min_char': did you mean min_chars?"),
@@ -206,7 +210,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
 
 @pytest.mark.parametrize("case", [
     "misspelt command", "misspelt option", "no source", "no format", "empty corpus", "gzip cut short",
-    "zstd cut short", "wrong field", "bad recipe", "someone's folder", "no tokenizer", "bad tokenizer",
+    "zstd cut short", "xz cut short", "parquet cut short",
+    "wrong field", "bad recipe", "someone's folder", "no tokenizer", "bad tokenizer",
     "vocabulary too large", "bad number", "verify nothing", "info nothing",
 ])  # fmt: skip
 def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

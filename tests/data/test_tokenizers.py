@@ -9,9 +9,7 @@ import pytest
 
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
-from tests.data.conftest import REPOSITORY, documents_of, text_of
-
-CORPORA = REPOSITORY.parent / "shared" / "corpora"
+from tests.data.conftest import documents_of, text_of
 
 
 def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
-from tests.data.conftest import REPOSITORY, contents, text_of
-
-CORPORA = REPOSITORY.parent / "shared" / "corpora"
+from tests.data.conftest import contents, text_of
 
 
 @pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])
@@ -24,6 +24,34 @@ def test_verify_finds_damage(damage: str, data, prepare: Callable[..., Path], tm
     file.write_bytes(content)
     status, _, err = data("verify", out)
     assert status == 2 and err.count("\n") == 1 and file.name in err
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_bad_shard_is_rebuilt_alone_by_doing_what_verify_says(
+    tasks: int, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1,
+                 "--tokens-per-shard", 4000, "--tasks", tasks)  # fmt: skip
+    for task in range(tasks):
+        assert data(*arguments, "--task", task)[0] == 0
+    if tasks > 1:
+        assert data("merge", out)[0] == 0
+    before = contents(out)
+    bad = sorted(out.glob("*.bin"))[-2]
+    content = bytearray(bad.read_bytes())
+    content[100] ^= 1  # the size stays
+    bad.write_bytes(content)
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 1 and f"{bad} has another checksum" in err
+    for path in out.glob(re.search(r"rebuild it alone: delete (\S+) and run the same", err)[1].split("/")[-1]):
+        path.unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    for task in range(tasks):
+        assert data(*arguments, "--task", task)[0] == 0
+    assert contents(out) == before and data("verify", out)[0] == 0
+    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != times.get(path.name)}
+    assert changed == {f"{bad.stem}.{suffix}" for suffix in ("bin", "idx", "labels.parquet")}
 
 
 def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
