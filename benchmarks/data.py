@@ -188,7 +188,7 @@ def compare_ids(texts: list[str], arguments: argparse.Namespace) -> None:
 
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Largest resident memory of a preparation at two sizes ten times apart (all processes, one shard size)."""
+    """Largest memory of a preparation at two sizes ten times apart (all processes, one shard size)."""
     texts = read_texts(arguments.corpus)
     with tempfile.TemporaryDirectory() as folder:
         for times in (1, 10):
@@ -202,17 +202,17 @@ def memory(arguments: argparse.Namespace) -> None:
                 [*command, "--out", str(Path(folder) / f"out-{times}")], stdout=subprocess.DEVNULL
             )
             peak = watch_memory(process)
-            print(f"  {source.stat().st_size / 1e6:8.1f} MB of jsonl: {peak / 1e6:8.1f} MB resident at most")
+            print(f"  {source.stat().st_size / 1e6:8.1f} MB of jsonl: {peak / 1e6:8.1f} MB of memory at most")
 
 
 def watch_memory(process: subprocess.Popen[bytes]) -> int:
-    """Largest sum of resident memory of a process and its children while it runs, bytes."""
+    """Largest memory of a process and its children while it runs, bytes; pages that they share count once."""
     import psutil
 
     root, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         with contextlib.suppress(psutil.Error):
-            peak = max(peak, sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]))
+            peak = max(peak, sum(p.memory_full_info().pss for p in [root, *root.children(recursive=True)]))
         time.sleep(0.1)
     return peak
 

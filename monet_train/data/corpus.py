@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     def __str__(self) -> str:
         """An exact statement of epochs."""
         epochs, rest = divmod(self.sequences, self.per_epoch)
-        return f"{epochs} epochs and {rest:,} of {self.per_epoch:,} sequences of {self.paths}"
+        return f"{epochs:,} epoch{'s' * (epochs != 1)} and {rest:,} of {self.per_epoch:,} sequences of {self.paths}"
 
 
 @dataclass(frozen=True)
