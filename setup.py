@@ -59,7 +59,7 @@ class BuildKernels(build_ext):
         def compile_one(source: str) -> str:
             target = str(objects / (source.replace("/", ".") + ".o"))
             if source.endswith(".cu"):
-                self.spawn(["nvcc", *CUDA_FLAGS, *cuda_architectures(), "-c", source, "-o", target])
+                self.spawn([nvcc(), *CUDA_FLAGS, *cuda_architectures(), "-c", source, "-o", target])
             else:
                 flags = framework if source.startswith(BINDINGS) else instruction_set(source)
                 self.spawn([compiler, *COMMON_FLAGS, *flags, "-c", source, "-o", target])
@@ -84,7 +84,7 @@ class BuildKernels(build_ext):
         if reason is None:
             try:
                 # the runtime that torch has loaded, not a second one
-                link(["nvcc", "-ccbin", compiler, "-cudart", "shared"], compiled + compile_all(for_cuda))
+                link([nvcc(), "-ccbin", compiler, "-cudart", "shared"], compiled + compile_all(for_cuda))
                 return
             except Exception as error:  # the rest of the extension works without its CUDA part
                 reason = " ".join(str(error).split())
@@ -106,6 +106,11 @@ def no_cuda(torch) -> str | None:
     if wanted is None and (release is None or release[1] != torch.version.cuda.split(".")[0]):
         return f"nvcc is of another CUDA than torch's {torch.version.cuda}"
     return None
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def cuda_architectures() -> list[str]:

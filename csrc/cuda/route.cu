@@ -35,7 +35,7 @@ __device__ double block_sum(double value, double* room) {
   return sum;
 }
 
-// The sum over the threads before this one. room: one value a warp.
+// The sum over the threads before this one, once a kernel. room: one value a warp.
 __device__ int32_t sum_of_earlier(int32_t value, int32_t* room) {
   const auto running = [](int32_t sum) {
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -49,13 +49,10 @@ __device__ int32_t sum_of_earlier(int32_t value, int32_t* room) {
   __syncthreads();
   if (warp() == 0) {
     const int32_t of_warps = running(lane() < warps() ? room[lane()] : 0);
-    __syncwarp();
     if (lane() < warps()) room[lane()] = of_warps;
   }
   __syncthreads();
-  const int32_t earlier = sum - value + (warp() > 0 ? room[warp() - 1] : 0);
-  __syncthreads();
-  return earlier;
+  return sum - value + (warp() > 0 ? room[warp() - 1] : 0);
 }
 
 // ---- moments

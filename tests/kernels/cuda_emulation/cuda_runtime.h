@@ -58,7 +58,6 @@ T shuffle(T value, unsigned lane) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait(emulation::Barrier::block); }
-inline void __syncwarp() { emulation::wait(emulation::Barrier::warp); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __ballot_sync(unsigned, bool predicate) { return emulation::vote(predicate); }
 template <class T>

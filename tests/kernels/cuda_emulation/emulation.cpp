@@ -63,27 +63,12 @@ void resume(unsigned index) {
   setcontext(&fiber.start);
 }
 
-// Lets go those who have all come to their barrier. False where nobody could.
-bool release(unsigned count) {
-  const auto all_at = [](unsigned begin, unsigned end, Barrier barrier) {
-    for (unsigned i = begin; i < end; ++i)
-      if (fibers[i].done || fibers[i].waits_at != barrier) return false;
-    return true;
-  };
-  const auto go_on = [](unsigned begin, unsigned end) {
-    for (unsigned i = begin; i < end; ++i) fibers[i].waits_at = Barrier::none;
-  };
-  bool any = false;
-  for (unsigned first = 0; first < count; first += kWarp)
-    if (all_at(first, first + kWarp, Barrier::warp)) {
-      go_on(first, first + kWarp);
-      any = true;
-    }
-  if (all_at(0, count, Barrier::block)) {
-    go_on(0, count);
-    any = true;
-  }
-  return any;
+// Lets go these threads if all of them have come to a barrier.
+bool release(unsigned begin, unsigned end, Barrier barrier) {
+  for (unsigned i = begin; i < end; ++i)
+    if (fibers[i].done || fibers[i].waits_at != barrier) return false;
+  for (unsigned i = begin; i < end; ++i) fibers[i].waits_at = Barrier::none;
+  return true;
 }
 
 void run_block(unsigned count) {
@@ -92,14 +77,21 @@ void run_block(unsigned count) {
     fibers[i].waits_at = Barrier::none;
     fibers[i].exchanges = 0;
   }
-  const auto done = [&] { return std::all_of(&fibers[0], &fibers[0] + count, [](const Fiber& f) { return f.done; }); };
+  const auto in_order = [](unsigned index, unsigned of) { return backwards ? of - 1 - index : index; };
+  // Each warp goes as far as it can before the next one does anything: the farther apart they are, the worse for sources
+  // that lack a barrier.
   do {
-    for (unsigned i = 0; i < count; ++i) {
-      Fiber& fiber = fibers[backwards ? count - 1 - i : i];
-      if (!fiber.done && fiber.waits_at == Barrier::none) resume(static_cast<unsigned>(&fiber - &fibers[0]));
+    for (unsigned i = 0; i < count / kWarp; ++i) {
+      const unsigned first = in_order(i, count / kWarp) * kWarp;
+      do {
+        for (unsigned j = 0; j < kWarp; ++j) {
+          const unsigned index = first + in_order(j, kWarp);
+          if (!fibers[index].done && fibers[index].waits_at == Barrier::none) resume(index);
+        }
+      } while (release(first, first + kWarp, Barrier::warp));
     }
-  } while (release(count));
-  if (done()) return;
+  } while (release(0, count, Barrier::block));
+  if (std::all_of(&fibers[0], &fibers[0] + count, [](const Fiber& fiber) { return fiber.done; })) return;
   for (Fiber& fiber : fibers) fiber.started = false;
   throw std::runtime_error("emulation: threads of a block wait at different barriers, or for some that have returned");
 }
@@ -155,5 +147,5 @@ void run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
 
 }  // namespace emulation
 
-// Threads and blocks from the last to the first, or from the first to the last.
+// Warps, their threads, and blocks from the last to the first, or from the first to the last.
 extern "C" __attribute__((visibility("default"))) void run_backwards(bool yes) { emulation::backwards = yes; }
