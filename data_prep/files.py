@@ -93,9 +93,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_whole(path: Path, data: bytes, writer: str = "") -> None:
+    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one.
+
+    ``writer`` tells apart those who may write the same file at the same time.
+    """
+    temporary = path.with_name(f".{path.name}{writer}.tmp")
     with temporary.open("wb") as stream:
         stream.write(data)
         stream.flush()

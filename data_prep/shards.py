@@ -68,7 +68,7 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
             kept += shard.documents
             _judge(log, kept, ENOUGH_TO_JUDGE, plan.options.max_bad_share)
         _judge(log, kept, 1, plan.options.max_bad_share)
-        plan.tokenizer.copy_to(folder)
+        plan.tokenizer.copy_to(folder, suffix)
         journal.finish(log.totals)
     return _write_manifest(folder, [journal], plan.tokenizer) if plan.options.tasks == 1 else None
 

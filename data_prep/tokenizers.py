@@ -43,9 +43,9 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
 
-    def copy_to(self, folder: Path) -> None:
-        """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there."""
-        write_whole(folder / self.record.file, self.path.read_bytes())
+    def copy_to(self, folder: Path, writer: str = "") -> None:
+        """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there; see ``write_whole``."""
+        write_whole(folder / self.record.file, self.path.read_bytes(), writer)
 
     def check_special_tokens(self, names: dict[str, int]) -> None:
         """Refuse a tokenizer that makes a special token out of plain text: a document must not end within itself.
@@ -195,12 +195,12 @@ class HuggingFaceTokenizer(Tokenizer):
         )
         self.check_special_tokens({text: i for text, i in vocabulary.items() if i in self.record.special_ids})
 
-    def copy_to(self, folder: Path) -> None:
+    def copy_to(self, folder: Path, writer: str = "") -> None:
         """Put the tokenizer into a folder, with the file that names its special tokens."""
         config = self.path.with_name(CONFIG_NAME)
         if config.is_file():
-            write_whole(folder / CONFIG_NAME, config.read_bytes())
-        super().copy_to(folder)
+            write_whole(folder / CONFIG_NAME, config.read_bytes(), writer)
+        super().copy_to(folder, writer)
 
     def encoded(self, texts: list[str]) -> Iterator[list[int]]:
         """Token ids of each text, without special tokens; made BLOCK texts at a time."""

@@ -98,6 +98,27 @@ def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tok
         holder.wait()
 
 
+def test_tasks_that_end_at_the_same_moment_do_not_disturb_each_other(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Task 1 runs whole while task 0 has its copy of the tokenizer under a temporary name."""
+    fsync, nested = os.fsync, []
+
+    def run(task: int) -> int:
+        return data("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+                    "--workers", 1, "--task", task, "--tasks", 2)[0]  # fmt: skip
+
+    def interrupted(descriptor: int) -> None:
+        fsync(descriptor)
+        if not nested and Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(".tokenizer.model"):
+            nested.append(None)
+            nested[0] = run(1)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert run(0) == 0 and nested == [0]
+    assert data("merge", tmp_path / "out")[0] == 0 and data("verify", tmp_path / "out")[0] == 0
+
+
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
