@@ -73,9 +73,9 @@ def masked_layer(form: str, tokens: int) -> Callable[[], list[Tensor]]:
     return run
 
 
-def router(tokens: int) -> list[Tensor]:
+def router(tokens: int, experts: int) -> list[Tensor]:
     """Gates, their layout, everything that is summed of them, and the gradients of that."""
-    z = torch.randn(tokens, 3, 70, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = torch.randn(tokens, 3, experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gates = kernels.route(z, torch.full((3,), 1.5), "native")
     assert isinstance(gates, kernels.CompactGates)
     total, largest = gates.total(), gates.largest_total()
@@ -88,7 +88,8 @@ def router(tokens: int) -> list[Tensor]:
 RUNS = {
     **{f"{name} {tokens}": layer(name, tokens) for name in test_experts.LAYERS for tokens in (5, 40)},
     **{f"masked {form} {tokens}": masked_layer(form, tokens) for form in test_masks.FORMS for tokens in (5, 40)},
-    "router": lambda: router(600),
+    "router, several blocks of tokens": lambda: router(600, 70),
+    "router, more half-experts than threads": lambda: router(20, 1030),
 }
 
 

@@ -60,6 +60,7 @@ CASES = {
     "odd sizes": case(37, 3, 101, 5),
     "several blocks": case(1100, 2, 40, 2),
     "published size": case(70, 6, 512, 8),
+    "many half-experts": case(20, 2, 1030, 8),
     "zero tokens": case(0, 2, 16, 2),
     "all active": all_active(),
     "only the largest": only_the_largest(),
