@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from pathlib import Path
@@ -262,8 +263,12 @@ def run_info(arguments: argparse.Namespace) -> None:
 
     if arguments.png:
         draw_lengths(arguments.folder, arguments.png)
-    for line in describe(arguments.folder, arguments.samples):
-        print(line)
+    try:
+        for line in describe(arguments.folder, arguments.samples):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @one_line_errors

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
-from tests.data.conftest import contents, text_of
+from tests.data.conftest import REPOSITORY, contents, text_of
 
 
 @pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])
@@ -79,3 +82,13 @@ def test_info_draws_the_lengths(data, shards: Path, tmp_path: Path) -> None:
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     status, _, err = data("info", shards, "--png", tmp_path / "lengths.nonsense")
     assert status == 2 and err.count("\n") == 1 and "lengths.nonsense cannot be written" in err
+
+
+def test_info_stops_when_nobody_reads_on(shards: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    info = subprocess.run(
+        [sys.executable, "-m", "data_prep", "info", shards], stdout=writer, stderr=subprocess.PIPE, cwd=REPOSITORY
+    )
+    os.close(writer)
+    assert (info.returncode, info.stderr) == (0, b"")
