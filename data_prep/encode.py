@@ -26,13 +26,27 @@ CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer doe
 SLOT_BYTES = 4 << 20  # of shared memory for each of them; what is not touched costs nothing
 
 
+class Column(NamedTuple):
+    """A label of some documents."""
+
+    values: list[str]  # in the order in which they first appear
+    codes: np.ndarray  # int32 [documents], the place of a document's value in ``values``; -1: none
+
+    @classmethod
+    def of(cls, labels: list[str | None]) -> Column:
+        """From the label of each document."""
+        places: dict[str, int] = {}
+        codes = [-1 if label is None else places.setdefault(label, len(places)) for label in labels]
+        return cls(list(places), np.array(codes, dtype=np.int32))
+
+
 class Encoded(NamedTuple):
     """The kept documents of a chunk. Each ends with the end-of-text token."""
 
     tokens: np.ndarray  # [sum of lengths], of the shards' type
     lengths: np.ndarray  # int32 [documents]
     text_bytes: np.ndarray  # int64 [documents], UTF-8
-    labels: list[list[str | None]]  # a list for each of LABELS
+    labels: list[Column]  # one for each of LABELS
     ids: list[str | None]  # None where the source has no field for them
     rejects: list[Reject]
     filtered: dict[str, int]
@@ -47,7 +61,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         tokens=tokens.astype(token_dtype(tokenizer.record.vocabulary_size)),
         lengths=lengths,
         text_bytes=np.array(sizes, dtype=np.int64),
-        labels=[[values[i] for values in labels] for i in range(len(LABELS))],
+        labels=[Column.of([values[i] for values in labels]) for i in range(len(LABELS))],
         ids=ids,
         rejects=parsed.rejects,
         filtered=parsed.filtered,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_prep.encode import Encoded
+from data_prep.encode import Column, Encoded
 from data_prep.files import sha256_file, sync
 from data_prep.recipe import LABELS
 from monet_train.data.index_file import write_index
@@ -29,7 +28,8 @@ class ShardWriter:
         self.documents = self.tokens = self.text_bytes = 0
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
-        self._labels: list[list[str | None]] = [[] for _ in LABELS]
+        self._values: list[dict[str, int]] = [{} for _ in LABELS]  # of each label, with their codes in this shard
+        self._codes: list[list[np.ndarray]] = [[] for _ in LABELS]
         self._ids: list[str | None] = []
         self._dtype = dtype
         self._bin = self._temporary("bin").open("wb")
@@ -49,8 +49,8 @@ class ShardWriter:
         self._bin.write(tokens.astype(self._dtype, copy=False).data)
         self._lengths.append(lengths)
         self._bytes.append(encoded.text_bytes[begin:end])
-        for column, values in zip(self._labels, encoded.labels, strict=True):
-            column += values[begin:end]
+        for values, codes, column in zip(self._values, self._codes, encoded.labels, strict=True):
+            codes.append(_recode(column, begin, end, values))
         self._ids += encoded.ids[begin:end]
         self.documents += end - begin
         self.tokens += int(lengths.sum(dtype=np.int64))
@@ -93,21 +93,34 @@ class ShardWriter:
         import pyarrow
         import pyarrow.parquet
 
+        codes = [np.concatenate(parts) for parts in self._codes]
         columns = {
-            column: pyarrow.array(values, pyarrow.string()).dictionary_encode()
-            for column, values in zip(LABELS, self._labels, strict=True)
+            name: pyarrow.DictionaryArray.from_arrays(pyarrow.array(of, mask=of < 0), pyarrow.array(values, "string"))
+            for name, values, of in zip(LABELS, map(list, self._values), codes, strict=True)
         }
         table = pyarrow.table({**columns, "bytes": pyarrow.array(sizes)})
         if any(name is not None for name in self._ids):
             table = table.append_column("id", pyarrow.array(self._ids, pyarrow.string()))
         pyarrow.parquet.write_table(table, self._temporary("labels.parquet"), compression="zstd")
-        return {column: _count(values, lengths, sizes) for column, values in columns.items()}
+        return {
+            name: _count(list(values), of, lengths, sizes)
+            for name, values, of in zip(LABELS, self._values, codes, strict=True)
+        }
 
 
-def _count(column: Any, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
-    """Documents, tokens and bytes by value of a dictionary array; the rarest of very many values are summed up."""
-    values = [*column.dictionary.to_pylist(), NO_VALUE]
-    codes = np.nan_to_num(column.indices.to_numpy(zero_copy_only=False), nan=len(values) - 1).astype(np.int64)
+def _recode(column: Column, begin: int, end: int, values: dict[str, int]) -> np.ndarray:
+    """The codes of documents ``begin`` to ``end`` by ``values``, to which those that are new are added; int32."""
+    codes = column.codes[begin:end]
+    places = np.full(len(column.values) + 1, -1, dtype=np.int32)  # the last is that of code -1
+    for code in dict.fromkeys(codes[codes >= 0].tolist()):
+        places[code] = values.setdefault(column.values[code], len(values))
+    return places[codes]
+
+
+def _count(values: list[str], codes: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
+    """Documents, tokens and bytes by value; the rarest of very many values are summed up."""
+    values = [*values, NO_VALUE]
+    codes = np.where(codes < 0, len(values) - 1, codes)
     sums = [np.bincount(codes, weights, len(values)).astype(np.int64) for weights in (None, lengths, sizes)]
     rows = {value: [int(x) for x in row] for value, *row in zip(values, *sums, strict=True) if row[0]}
     kept = sorted(rows, key=lambda value: (-rows[value][1], value))

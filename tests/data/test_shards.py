@@ -20,7 +20,7 @@ import data_prep.encode
 import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
-from data_prep.encode import Encoded
+from data_prep.encode import Column, Encoded
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import ShardWriter
 from data_prep.tokenizers import Tokenizer
@@ -55,7 +55,13 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
         unlabelled: list[str | None] = [None] * len(group)
         lengths = np.array([len(tokens) for tokens in group], dtype=np.int32)
         encoded = Encoded(
-            np.concatenate(group), lengths, lengths.astype(np.int64), [unlabelled] * len(LABELS), unlabelled, [], {}
+            np.concatenate(group),
+            lengths,
+            lengths.astype(np.int64),
+            [Column.of(unlabelled)] * len(LABELS),
+            unlabelled,
+            [],
+            {},
         )
         writer.add(encoded, 0, len(group) // 2, Position(0, 0, len(group) // 2))
         writer.add(encoded, len(group) // 2, len(group), Position(0, 1, 0))
