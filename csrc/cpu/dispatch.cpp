@@ -82,4 +82,13 @@ const Mixing<double>& mixing<double>() {
   return chosen().load()->mixing_fp64;
 }
 
+template <>
+const Masking<float>& masking<float>() {
+  return chosen().load()->masking_fp32;
+}
+template <>
+const Masking<double>& masking<double>() {
+  return chosen().load()->masking_fp64;
+}
+
 }  // namespace monet::cpu

@@ -15,6 +15,8 @@ struct KernelsOfInstructionSet {
   Scan<double> scan_fp64;
   Mixing<float> mixing_fp32;
   Mixing<double> mixing_fp64;
+  Masking<float> masking_fp32;
+  Masking<double> masking_fp64;
 };
 extern const KernelsOfInstructionSet kernels_portable, kernels_avx2, kernels_avx512;  // AVX on x86-64 only
 

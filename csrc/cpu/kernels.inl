@@ -1,7 +1,7 @@
 // All kernels for the instruction set this is compiled for. Before including it, define MONET_VECTOR_BYTES, MONET_KERNELS
 // (the table), MONET_NAME and the tile sizes of the products: as many sums as the registers hold.
 #include "instruction_sets.h"
-#include "mixing.inl"
+#include "masking.inl"
 #include "products.inl"
 
 namespace monet::cpu {
@@ -14,6 +14,8 @@ const KernelsOfInstructionSet MONET_KERNELS = {
     scan_table<float>,
     scan_table<double>,
     mixing_table<float>,
-    mixing_table<double>};
+    mixing_table<double>,
+    masking_table<float>,
+    masking_table<double>};
 
 }  // namespace monet::cpu

@@ -199,6 +199,17 @@ def test_in_lower_precision(
     assert_agree(values, exact.run(lambda: exact.output("plain")), dtype, backend.sparse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_instruction_set(instruction_set: str, form: str, dtype: torch.dtype) -> None:
+    """47 units of an expert (side) are pieces of every size."""
+    case = make(form, Shape(tokens=40, d=34, m=94 if form == "vertical" else 47), scales, dtype)
+    assert torch.ops.monet.instruction_set() == instruction_set
+    exact, ours = case.copy(), case.copy(dtype)
+    values = ours.run(lambda: ours.output("native"))
+    assert_agree(values, exact.run(lambda: exact.output("plain")), dtype)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, backend: Backend) -> None:
     shape = Shape(tokens=3, d=4, experts=6, m=4, heads=2, k=2)

@@ -1,0 +1,415 @@
+// The masking of mixing.h for the instruction set this is compiled for. Of a token the active gates are listed by head,
+// and its rows of units are held side by side; then its experts are taken one by one: about k * k a head.
+
+#include "mixing.inl"
+
+namespace monet::cpu {
+namespace {
+
+// An active gate of a head. place: of its pair among those of the token.
+template <class C>
+struct ActiveGate {
+  int32_t place;
+  C gate;
+};
+
+// One expert: the other half of an active half-expert of side 1, its factor in the mask, w = factor gate1 gate2.
+template <class C>
+struct ActiveExpert {
+  int32_t place;
+  C gate, factor, w;
+};
+
+// Parts of a caller's room.
+class Parts {
+ public:
+  explicit Parts(VectorRoom* room) : next_(room) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(next_);
+    next_ += (count * sizeof(T) + sizeof(VectorRoom) - 1) / sizeof(VectorRoom);
+    return part;
+  }
+
+ private:
+  VectorRoom* next_;
+};
+
+// One side of a token.
+template <class C>
+class TokenGates {
+ public:
+  TokenGates(const MaskedSide<C>& side, Parts& parts)
+      : side_(side), expert_(parts.take<int32_t>(side.pairs.experts)), count_(parts.take<int64_t>(side.heads)),
+        gates_(parts.take<ActiveGate<C>>(side.heads * (side.pairs.experts + 1))) {}
+
+  void take(int64_t token) {
+    const int64_t heads = side_.heads, stride = side_.pairs.experts + 1;
+    pair_ = side_.pairs.row_pair + side_.pairs.row_start[token];
+    pairs_ = side_.pairs.row_start[token + 1] - side_.pairs.row_start[token];
+    for (int64_t h = 0; h < heads; ++h) count_[h] = 0;
+    for (int64_t place = 0; place < pairs_; ++place) {
+      expert_[place] = side_.expert[pair_[place]];
+      const C* gates = side_.gates + pair_[place] * heads;
+      // Without a branch that would be mispredicted at every active gate.
+      for (int64_t h = 0; h < heads; ++h) {
+        gates_[h * stride + count_[h]] = {static_cast<int32_t>(place), gates[h]};
+        count_[h] += gates[h] != 0;
+      }
+    }
+  }
+
+  const MaskedSide<C>& side() const { return side_; }
+  int64_t pairs() const { return pairs_; }
+  int64_t pair(int64_t place) const { return pair_[place]; }
+  int64_t expert(int64_t place) const { return expert_[place]; }
+  const ActiveGate<C>* begin(int64_t head) const { return gates_ + head * (side_.pairs.experts + 1); }
+  const ActiveGate<C>* end(int64_t head) const { return begin(head) + count_[head]; }
+
+ private:
+  const MaskedSide<C>& side_;
+  int32_t* expert_;  // by place
+  int64_t* count_;   // by head
+  ActiveGate<C>* gates_;
+  const int32_t* pair_ = nullptr;
+  int64_t pairs_ = 0;
+};
+
+// The experts of one token after the other.
+template <class C>
+class TokenExperts {
+ public:
+  TokenExperts(const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, Parts& parts)
+      : one(side1, parts), two(side2, parts), mask_(mask),
+        run_(parts.take<ActiveExpert<C>>(side1.pairs.experts + 1)) {}
+
+  void take(int64_t token) {
+    one.take(token);
+    two.take(token);
+  }
+
+  // f(head, active gate of side 1, first, end of its experts). Without those whose w is 0: an expert that is off has no
+  // say, whatever it computes.
+  template <class F>
+  void for_each_run(const F& f) const {
+    const int64_t heads = one.side().heads;
+    prefetch(0);
+    for (int64_t h = 0; h < heads; ++h) {
+      if (h + 1 < heads) prefetch(h + 1);
+      for (const ActiveGate<C>* i = one.begin(h); i != one.end(h); ++i) {
+        const C* factors = factors_of(h, *i);
+        ActiveExpert<C>* end = run_;
+        for (const ActiveGate<C>* j = two.begin(h); j != two.end(h); ++j) {
+          const C factor = factors[two.expert(j->place)], w = factor * i->gate * j->gate;
+          *end = {j->place, j->gate, factor, w};
+          end += w != 0;
+        }
+        f(h, *i, run_, end);
+      }
+    }
+  }
+
+  TokenGates<C> one, two;
+
+ private:
+  const C* factors_of(int64_t head, const ActiveGate<C>& i) const {
+    return mask_.factors + head * mask_.head_stride + one.expert(i.place) * one.side().pairs.experts;
+  }
+  // The factors are far apart in memory.
+  void prefetch(int64_t head) const {
+    for (const ActiveGate<C>* i = one.begin(head); i != one.end(head); ++i)
+      for (const ActiveGate<C>* j = two.begin(head); j != two.end(head); ++j)
+        __builtin_prefetch(factors_of(head, *i) + two.expert(j->place));
+  }
+
+  const Mask<C>& mask_;
+  ActiveExpert<C>* run_;
+};
+
+template <class C>
+void clear_gates(const TokenGates<C>& token, C* dgates) {
+  const int64_t heads = token.side().heads;
+  for (int64_t place = 0; place < token.pairs(); ++place)
+    for (int64_t h = 0; h < heads; ++h) dgates[token.pair(place) * heads + h] = 0;
+}
+
+template <class C, int count>
+void masked_vertical(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
+    int64_t units, const VerticalMix<C>& mix, int64_t begin, int64_t end, VectorRoom* room) {
+  using V = Units<C, count>;
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  struct Rows {
+    V *activation, *cross;
+    C* total;
+  };
+  const auto rows = [&] {
+    const int64_t most = side1.pairs.experts;
+    return Rows{parts.take<V>(most), parts.take<V>(most), parts.take<C>(most)};
+  };
+  const Rows a = rows(), c = rows();
+  const auto gather = [&](const TokenGates<C>& side, const C* s, const Rows& to) {
+    for (int64_t p = 0; p < side.pairs(); ++p) {
+      to.activation[p] = relu_squared(read<count>(s + side.pair(p) * units));
+      to.cross[p] = V{};
+      to.total[p] = 0;
+    }
+  };
+  const auto write_back = [&](const TokenGates<C>& side, const Rows& from, C* own, C* cross) {
+    for (int64_t p = 0; p < side.pairs(); ++p) {
+      write<count>(own + side.pair(p) * units, from.activation[p] * from.total[p]);
+      write<count>(cross + side.pair(p) * units, from.cross[p]);
+    }
+  };
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    gather(experts.one, s1, a);
+    gather(experts.two, s2, c);
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const V a_i = a.activation[i.place];
+      V cross1 = a.cross[i.place];
+      C total1 = a.total[i.place];
+      for (; e != last; ++e) {
+        total1 += e->w;
+        c.total[e->place] += e->w;
+        cross1 += e->w * c.activation[e->place];
+        c.cross[e->place] += e->w * a_i;
+      }
+      a.cross[i.place] = cross1;
+      a.total[i.place] = total1;
+    });
+    write_back(experts.one, a, mix.own1, mix.cross1);
+    write_back(experts.two, c, mix.own2, mix.cross2);
+  }
+}
+
+template <class C, int count>
+void masked_vertical_backward(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
+    int64_t units, const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
+    int64_t begin, int64_t end, bool add, VectorRoom* room) {
+  using V = Units<C, count>;
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  struct Rows {
+    V *activation, *dcross, *cross, *dactivation;
+    C *total, *dtotal;
+  };
+  const auto rows = [&] {
+    const int64_t most = side1.pairs.experts;
+    return Rows{parts.take<V>(most), parts.take<V>(most), parts.take<V>(most),
+                parts.take<V>(most), parts.take<C>(most), parts.take<C>(most)};
+  };
+  const Rows a = rows(), c = rows();
+  const auto gather = [&](const TokenGates<C>& side, const C* s, const C* down, const C* dcross, const Rows& to) {
+    for (int64_t p = 0; p < side.pairs(); ++p) {
+      const int64_t at = side.pair(p) * units;
+      to.activation[p] = relu_squared(read<count>(s + at));
+      to.dcross[p] = read<count>(dcross + at);
+      to.cross[p] = to.dactivation[p] = V{};
+      to.total[p] = 0;
+      to.dtotal[p] = sum<lanes_for(count), C>(to.activation[p] * read<count>(down + at));
+    }
+  };
+  const auto write_back = [&](const TokenGates<C>& side, const C* s, const C* down, const Rows& from, C* own, C* cross,
+                              C* ds) {
+    for (int64_t p = 0; p < side.pairs(); ++p) {
+      const int64_t at = side.pair(p) * units;
+      const V dactivation = from.dactivation[p] + from.total[p] * read<count>(down + at);
+      write<count>(ds + at, relu_squared_slope(read<count>(s + at)) * dactivation);
+      write<count>(own + at, from.activation[p] * from.total[p]);
+      write<count>(cross + at, from.cross[p]);
+    }
+  };
+  const int64_t heads = side1.heads;
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    gather(experts.one, s1, dmix.own1, dmix.cross1, a);
+    gather(experts.two, s2, dmix.own2, dmix.cross2, c);
+    if (!add) clear_gates(experts.one, dgates1), clear_gates(experts.two, dgates2);
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const V a_i = a.activation[i.place], dcross1 = a.dcross[i.place];
+      V cross1 = a.cross[i.place], da = a.dactivation[i.place];
+      C total1 = a.total[i.place], dgate1 = 0;
+      for (; e != last; ++e) {
+        const V c_j = c.activation[e->place], dcross2 = c.dcross[e->place];
+        const C dw = a.dtotal[i.place] + c.dtotal[e->place] + sum<lanes_for(count), C>(dcross1 * c_j + dcross2 * a_i);
+        dgate1 += e->factor * e->gate * dw;
+        dgates2[experts.two.pair(e->place) * heads + h] += e->factor * i.gate * dw;
+        total1 += e->w;
+        c.total[e->place] += e->w;
+        cross1 += e->w * c_j;
+        c.cross[e->place] += e->w * a_i;
+        da += e->w * dcross2;
+        c.dactivation[e->place] += e->w * dcross1;
+      }
+      a.cross[i.place] = cross1;
+      a.dactivation[i.place] = da;
+      a.total[i.place] = total1;
+      dgates1[experts.one.pair(i.place) * heads + h] += dgate1;
+    });
+    write_back(experts.one, s1, dmix.own1, a, mix.own1, mix.cross1, ds1);
+    write_back(experts.two, s2, dmix.own2, c, mix.own2, mix.cross2, ds2);
+  }
+}
+
+template <class C, int count>
+void masked_horizontal(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y,
+    int64_t begin, int64_t end, VectorRoom* room) {
+  using V = Units<C, count>;
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  V *a = parts.take<V>(side1.pairs.experts), *mixed = parts.take<V>(side1.pairs.experts);
+  const TokenGates<C>&one = experts.one, &two = experts.two;
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    for (int64_t p = 0; p < one.pairs(); ++p) a[p] = relu_squared(read<count>(s1 + one.pair(p) * units));
+    for (int64_t p = 0; p < two.pairs(); ++p) mixed[p] = V{};
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      for (const V a_i = a[i.place]; e != last; ++e) mixed[e->place] += e->w * a_i;
+    });
+    for (int64_t p = 0; p < two.pairs(); ++p) write<count>(y + two.pair(p) * units, mixed[p]);
+  }
+}
+
+template <class C, int count>
+void masked_horizontal_backward(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units,
+    const C* dy, C* y, C* ds1, C* dgates1, C* dgates2, int64_t begin, int64_t end, bool add, VectorRoom* room) {
+  using V = Units<C, count>;
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  const int64_t most = side1.pairs.experts, heads = side1.heads;
+  V *a = parts.take<V>(most), *da = parts.take<V>(most), *mixed = parts.take<V>(most), *dmixed = parts.take<V>(most);
+  const TokenGates<C>&one = experts.one, &two = experts.two;
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    for (int64_t p = 0; p < one.pairs(); ++p) {
+      a[p] = relu_squared(read<count>(s1 + one.pair(p) * units));
+      da[p] = V{};
+    }
+    for (int64_t p = 0; p < two.pairs(); ++p) {
+      mixed[p] = V{};
+      dmixed[p] = read<count>(dy + two.pair(p) * units);
+    }
+    if (!add) clear_gates(one, dgates1), clear_gates(two, dgates2);
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const V a_i = a[i.place];
+      V da_i = da[i.place];
+      C dgate1 = 0;
+      for (; e != last; ++e) {
+        const C dw = sum<lanes_for(count), C>(dmixed[e->place] * a_i);
+        dgate1 += e->factor * e->gate * dw;
+        dgates2[two.pair(e->place) * heads + h] += e->factor * i.gate * dw;
+        mixed[e->place] += e->w * a_i;
+        da_i += e->w * dmixed[e->place];
+      }
+      da[i.place] = da_i;
+      dgates1[one.pair(i.place) * heads + h] += dgate1;
+    });
+    for (int64_t p = 0; p < one.pairs(); ++p) {
+      const int64_t at = one.pair(p) * units;
+      write<count>(ds1 + at, relu_squared_slope(read<count>(s1 + at)) * da[p]);
+    }
+    for (int64_t p = 0; p < two.pairs(); ++p) write<count>(y + two.pair(p) * units, mixed[p]);
+  }
+}
+
+template <class C>
+void totals(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, C* totals1, C* totals2, int64_t begin,
+    int64_t end, VectorRoom* room) {
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  const TokenGates<C>&one = experts.one, &two = experts.two;
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    for (int64_t p = 0; p < one.pairs(); ++p) totals1[one.pair(p)] = 0;
+    for (int64_t p = 0; p < two.pairs(); ++p) totals2[two.pair(p)] = 0;
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      C total1 = 0;
+      for (; e != last; ++e) {
+        total1 += e->w;
+        totals2[two.pair(e->place)] += e->w;
+      }
+      totals1[one.pair(i.place)] += total1;
+    });
+  }
+}
+
+template <class C>
+void totals_backward(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* dtotals1, const C* dtotals2,
+    C* dgates1, C* dgates2, int64_t begin, int64_t end, VectorRoom* room) {
+  Parts parts(room);
+  TokenExperts<C> experts(side1, side2, mask, parts);
+  const TokenGates<C>&one = experts.one, &two = experts.two;
+  const int64_t heads = side1.heads;
+  for (int64_t t = begin; t < end; ++t) {
+    experts.take(t);
+    clear_gates(one, dgates1);
+    clear_gates(two, dgates2);
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+      const int64_t pair1 = one.pair(i.place);
+      for (; e != last; ++e) {
+        const int64_t pair2 = two.pair(e->place);
+        const C dw = dtotals1[pair1] + dtotals2[pair2];
+        dgates1[pair1 * heads + h] += e->factor * e->gate * dw;
+        dgates2[pair2 * heads + h] += e->factor * i.gate * dw;
+      }
+    });
+  }
+}
+
+// ---- from any number of units to those above
+
+template <class C>
+void masked_vertical(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
+    int64_t units, const VerticalMix<C>& mix, int64_t begin, int64_t end, VectorRoom* room) {
+  for_each_piece<C>(units, [&](int64_t u, auto count) {
+    masked_vertical<C, count.value>(
+        side1, side2, mask, s1 + u, s2 + u, units, mix.from_unit(u), begin, end, room);
+  });
+}
+
+template <class C>
+void masked_vertical_backward(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
+    int64_t units, const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
+    int64_t begin, int64_t end, VectorRoom* room) {
+  for_each_piece<C>(units, [&](int64_t u, auto count) {
+    masked_vertical_backward<C, count.value>(
+        side1, side2, mask, s1 + u, s2 + u, units, dmix.from_unit(u), mix.from_unit(u), ds1 + u, ds2 + u, dgates1,
+        dgates2, begin, end, u > 0, room);
+  });
+}
+
+template <class C>
+void masked_horizontal(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y,
+    int64_t begin, int64_t end, VectorRoom* room) {
+  for_each_piece<C>(units, [&](int64_t u, auto count) {
+    masked_horizontal<C, count.value>(side1, side2, mask, s1 + u, units, y + u, begin, end, room);
+  });
+}
+
+template <class C>
+void masked_horizontal_backward(
+    const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units,
+    const C* dy, C* y, C* ds1, C* dgates1, C* dgates2, int64_t begin, int64_t end, VectorRoom* room) {
+  for_each_piece<C>(units, [&](int64_t u, auto count) {
+    masked_horizontal_backward<C, count.value>(
+        side1, side2, mask, s1 + u, units, dy + u, y + u, ds1 + u, dgates1, dgates2, begin, end, u > 0, room);
+  });
+}
+
+template <class C>
+constexpr Masking<C> masking_table = {
+    masked_vertical<C>, masked_vertical_backward<C>, masked_horizontal<C>, masked_horizontal_backward<C>, totals<C>,
+    totals_backward<C>};
+
+}  // namespace
+}  // namespace monet::cpu
