@@ -87,8 +87,8 @@ class Layer:
         operation = kernels.vertical_experts if self.form == "vertical" else kernels.horizontal_experts
         return operation(x, g1, g2, mask, *self.inputs, *self.outputs)
 
-    def with_bias(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None = None) -> Tensor:
-        r1, r2 = kernels.expert_weights(g1, g2, mask)
+    def with_bias(self, x: Tensor, g1: Gates, g2: Gates, r1: Gates, r2: Gates, mask: Tensor | None = None) -> Tensor:
+        """``r1``, ``r2``: what the mask leaves of the gates, else the gates."""
         sides = (r1, r2) if self.form == "vertical" else (r2,)
         bias = [kernels.expert_bias(r, b) for r, b in zip(sides, self.biases, strict=True)]
         return self.experts(x, g1, g2, mask) + torch.cat(bias, -1)
@@ -189,7 +189,8 @@ def measure_group(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
 
     def forward(implementation: str, mask: Tensor | None = None) -> Tensor:
         g1, g2 = (route(x, weight, sizes, implementation) for weight in routers)
-        return sum((layer.with_bias(x, g1, g2, mask) for layer in layers), start=x)
+        r1, r2 = kernels.expert_weights(g1, g2, mask)
+        return sum((layer.with_bias(x, g1, g2, r1, r2, mask) for layer in layers), start=x)
 
     leaves = [x, *routers, *(weight for layer in layers for weight in layer.parameters)]
     mask = random_mask(sizes)
@@ -223,7 +224,7 @@ def measure_decode(form: str, sizes: Sizes, options: argparse.Namespace) -> list
 
     def through_group(name: str) -> Tensor:
         g1, g2 = (route(x, weight, sizes, name) for weight in routers)
-        return sum((layer.with_bias(x, g1, g2) for layer in layers[name][: sizes.group]), start=x)
+        return sum((layer.with_bias(x, g1, g2, g1, g2) for layer in layers[name][: sizes.group]), start=x)
 
     found = []
     for workload, subjects in (

@@ -1,6 +1,5 @@
 // The mixing of experts.h under a mask.
 #include <memory>
-#include <vector>
 
 #include "../parallel.h"
 #include "mixing.h"
@@ -11,10 +10,10 @@ namespace {
 // run(side 1, side 2, first token, end, room) for all tokens.
 template <class C, class F>
 void for_each_run_of_tokens(const Side<C>& side1, const Side<C>& side2, const F& run) {
-  std::vector<int32_t> expert1(side1.pairs.count), expert2(side2.pairs.count);
-  experts_of_pairs(side1.pairs, expert1.data());
-  experts_of_pairs(side2.pairs, expert2.data());
-  const MaskedSide<C> one{side1, expert1.data()}, two{side2, expert2.data()};
+  const std::unique_ptr<int32_t[]> expert1(new int32_t[side1.pairs.count]), expert2(new int32_t[side2.pairs.count]);
+  experts_of_pairs(side1.pairs, expert1.get());
+  experts_of_pairs(side2.pairs, expert2.get());
+  const MaskedSide<C> one{side1, expert1.get()}, two{side2, expert2.get()};
   const int64_t tokens = side1.pairs.tokens, rooms = masking_rooms(side1);
   for_each_task(ceil_div(tokens, kTaskTokens), [&](int64_t task) {
     const std::unique_ptr<VectorRoom[]> room(new VectorRoom[rooms]);  // not filled: little of it is used

@@ -57,6 +57,14 @@ class TokenGates {
         count_[h] += gates[h] != 0;
       }
     }
+    // The pairs of the next token follow.
+    if (token + 1 < side_.pairs.tokens)
+      for (const int32_t *next = pair_ + pairs_, *end = side_.pairs.row_pair + side_.pairs.row_start[token + 2];
+           next != end; ++next)
+      {
+        __builtin_prefetch(side_.gates + *next * heads);
+        __builtin_prefetch(side_.expert + *next);
+      }
   }
 
   const MaskedSide<C>& side() const { return side_; }
@@ -86,6 +94,7 @@ class TokenExperts {
   void take(int64_t token) {
     one.take(token);
     two.take(token);
+    prefetch(0);
   }
 
   // f(head, active gate of side 1, first, end of its experts). Without those whose w is 0: an expert that is off has no
@@ -93,7 +102,6 @@ class TokenExperts {
   template <class F>
   void for_each_run(const F& f) const {
     const int64_t heads = one.side().heads;
-    prefetch(0);
     for (int64_t h = 0; h < heads; ++h) {
       if (h + 1 < heads) prefetch(h + 1);
       for (const ActiveGate<C>* i = one.begin(h); i != one.end(h); ++i) {

@@ -62,10 +62,11 @@ void mix_horizontal_backward(
 }
 
 void experts_of_pairs(const Pairs& pairs, int32_t* expert) {
-  for (int64_t group = 0; group < pairs.blocks() * pairs.experts; ++group)
-    std::fill(
-        expert + pairs.group_start[group], expert + pairs.group_start[group + 1],
-        static_cast<int32_t>(group % pairs.experts));
+  for_each_task(pairs.blocks(), [&](int64_t block) {
+    const int32_t* start = pairs.group_start + block * pairs.experts;
+    for (int64_t i = 0; i < pairs.experts; ++i)
+      std::fill(expert + start[i], expert + start[i + 1], static_cast<int32_t>(i));
+  });
 }
 
 template <class C>
