@@ -6,19 +6,19 @@
 namespace monet::cpu {
 namespace {
 
-// An active gate of a head. place: of its pair among those of the token.
+// An active gate of a head. place: of its pair among those of the token; expert: its half-expert.
 template <class C>
 struct ActiveGate {
-  int32_t place;
+  int32_t place, expert;
   C gate;
 };
 
-// One expert: the other half of an active half-expert of side 1, its factor in the mask, w = factor gate1 gate2.
-template <class C>
-struct ActiveExpert {
-  int32_t place;
-  C gate, factor, w;
-};
+// w v, but 0 if w is 0: an expert that is off has no say, whatever it computes. Without a branch: masks are not foreseen.
+template <class V, class C>
+inline V times(C w, V v) {
+  const V factor = w - V{};
+  return factor == 0 ? V{} : factor * v;
+}
 
 // Parts of a caller's room.
 class Parts {
@@ -40,7 +40,7 @@ template <class C>
 class TokenGates {
  public:
   TokenGates(const MaskedSide<C>& side, Parts& parts)
-      : side_(side), expert_(parts.take<int32_t>(side.pairs.experts)), count_(parts.take<int64_t>(side.heads)),
+      : side_(side), count_(parts.take<int64_t>(side.heads)),
         gates_(parts.take<ActiveGate<C>>(side.heads * (side.pairs.experts + 1))) {}
 
   void take(int64_t token) {
@@ -49,19 +49,18 @@ class TokenGates {
     pairs_ = side_.pairs.row_start[token + 1] - side_.pairs.row_start[token];
     for (int64_t h = 0; h < heads; ++h) count_[h] = 0;
     for (int64_t place = 0; place < pairs_; ++place) {
-      expert_[place] = side_.expert[pair_[place]];
+      const int32_t expert = side_.expert[pair_[place]];
       const C* gates = side_.gates + pair_[place] * heads;
       // Without a branch that would be mispredicted at every active gate.
       for (int64_t h = 0; h < heads; ++h) {
-        gates_[h * stride + count_[h]] = {static_cast<int32_t>(place), gates[h]};
+        gates_[h * stride + count_[h]] = {static_cast<int32_t>(place), expert, gates[h]};
         count_[h] += gates[h] != 0;
       }
     }
     // The pairs of the next token follow.
     if (token + 1 < side_.pairs.tokens)
       for (const int32_t *next = pair_ + pairs_, *end = side_.pairs.row_pair + side_.pairs.row_start[token + 2];
-           next != end; ++next)
-      {
+           next != end; ++next) {
         __builtin_prefetch(side_.gates + *next * heads);
         __builtin_prefetch(side_.expert + *next);
       }
@@ -70,13 +69,11 @@ class TokenGates {
   const MaskedSide<C>& side() const { return side_; }
   int64_t pairs() const { return pairs_; }
   int64_t pair(int64_t place) const { return pair_[place]; }
-  int64_t expert(int64_t place) const { return expert_[place]; }
   const ActiveGate<C>* begin(int64_t head) const { return gates_ + head * (side_.pairs.experts + 1); }
   const ActiveGate<C>* end(int64_t head) const { return begin(head) + count_[head]; }
 
  private:
   const MaskedSide<C>& side_;
-  int32_t* expert_;  // by place
   int64_t* count_;   // by head
   ActiveGate<C>* gates_;
   const int32_t* pair_ = nullptr;
@@ -88,8 +85,7 @@ template <class C>
 class TokenExperts {
  public:
   TokenExperts(const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, Parts& parts)
-      : one(side1, parts), two(side2, parts), mask_(mask),
-        run_(parts.take<ActiveExpert<C>>(side1.pairs.experts + 1)) {}
+      : one(side1, parts), two(side2, parts), mask_(mask) {}
 
   void take(int64_t token) {
     one.take(token);
@@ -97,23 +93,14 @@ class TokenExperts {
     prefetch(0);
   }
 
-  // f(head, active gate of side 1, first, end of its experts). Without those whose w is 0: an expert that is off has no
-  // say, whatever it computes.
+  // f(head, active gate of side 1, its row of factors, the first active gate of side 2 in the head, their end).
   template <class F>
   void for_each_run(const F& f) const {
     const int64_t heads = one.side().heads;
     for (int64_t h = 0; h < heads; ++h) {
       if (h + 1 < heads) prefetch(h + 1);
-      for (const ActiveGate<C>* i = one.begin(h); i != one.end(h); ++i) {
-        const C* factors = factors_of(h, *i);
-        ActiveExpert<C>* end = run_;
-        for (const ActiveGate<C>* j = two.begin(h); j != two.end(h); ++j) {
-          const C factor = factors[two.expert(j->place)], w = factor * i->gate * j->gate;
-          *end = {j->place, j->gate, factor, w};
-          end += w != 0;
-        }
-        f(h, *i, run_, end);
-      }
+      for (const ActiveGate<C>* i = one.begin(h); i != one.end(h); ++i)
+        f(h, *i, factors_of(h, *i), two.begin(h), two.end(h));
     }
   }
 
@@ -121,17 +108,17 @@ class TokenExperts {
 
  private:
   const C* factors_of(int64_t head, const ActiveGate<C>& i) const {
-    return mask_.factors + head * mask_.head_stride + one.expert(i.place) * one.side().pairs.experts;
+    return mask_.factors + head * mask_.head_stride + i.expert * one.side().pairs.experts;
   }
   // The factors are far apart in memory.
   void prefetch(int64_t head) const {
-    for (const ActiveGate<C>* i = one.begin(head); i != one.end(head); ++i)
-      for (const ActiveGate<C>* j = two.begin(head); j != two.end(head); ++j)
-        __builtin_prefetch(factors_of(head, *i) + two.expert(j->place));
+    for (const ActiveGate<C>* i = one.begin(head); i != one.end(head); ++i) {
+      const C* factors = factors_of(head, *i);
+      for (const ActiveGate<C>* j = two.begin(head); j != two.end(head); ++j) __builtin_prefetch(factors + j->expert);
+    }
   }
 
   const Mask<C>& mask_;
-  ActiveExpert<C>* run_;
 };
 
 template <class C>
@@ -174,15 +161,16 @@ void masked_vertical(
     experts.take(t);
     gather(experts.one, s1, a);
     gather(experts.two, s2, c);
-    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
       const V a_i = a.activation[i.place];
       V cross1 = a.cross[i.place];
       C total1 = a.total[i.place];
-      for (; e != last; ++e) {
-        total1 += e->w;
-        c.total[e->place] += e->w;
-        cross1 += e->w * c.activation[e->place];
-        c.cross[e->place] += e->w * a_i;
+      for (; j != last; ++j) {
+        const C w = factors[j->expert] * i.gate * j->gate;
+        total1 += w;
+        c.total[j->place] += w;
+        cross1 += times(w, c.activation[j->place]);
+        c.cross[j->place] += times(w, a_i);
       }
       a.cross[i.place] = cross1;
       a.total[i.place] = total1;
@@ -236,21 +224,23 @@ void masked_vertical_backward(
     gather(experts.one, s1, dmix.own1, dmix.cross1, a);
     gather(experts.two, s2, dmix.own2, dmix.cross2, c);
     if (!add) clear_gates(experts.one, dgates1), clear_gates(experts.two, dgates2);
-    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
       const V a_i = a.activation[i.place], dcross1 = a.dcross[i.place];
       V cross1 = a.cross[i.place], da = a.dactivation[i.place];
       C total1 = a.total[i.place], dgate1 = 0;
-      for (; e != last; ++e) {
-        const V c_j = c.activation[e->place], dcross2 = c.dcross[e->place];
-        const C dw = a.dtotal[i.place] + c.dtotal[e->place] + sum<lanes_for(count), C>(dcross1 * c_j + dcross2 * a_i);
-        dgate1 += e->factor * e->gate * dw;
-        dgates2[experts.two.pair(e->place) * heads + h] += e->factor * i.gate * dw;
-        total1 += e->w;
-        c.total[e->place] += e->w;
-        cross1 += e->w * c_j;
-        c.cross[e->place] += e->w * a_i;
-        da += e->w * dcross2;
-        c.dactivation[e->place] += e->w * dcross1;
+      for (; j != last; ++j) {
+        const C factor = factors[j->expert], w = factor * i.gate * j->gate;
+        const V c_j = c.activation[j->place], dcross2 = c.dcross[j->place];
+        const C dw = times(
+            factor, a.dtotal[i.place] + c.dtotal[j->place] + sum<lanes_for(count), C>(dcross1 * c_j + dcross2 * a_i));
+        dgate1 += j->gate * dw;
+        dgates2[experts.two.pair(j->place) * heads + h] += i.gate * dw;
+        total1 += w;
+        c.total[j->place] += w;
+        cross1 += times(w, c_j);
+        c.cross[j->place] += times(w, a_i);
+        da += times(w, dcross2);
+        c.dactivation[j->place] += times(w, dcross1);
       }
       a.cross[i.place] = cross1;
       a.dactivation[i.place] = da;
@@ -275,8 +265,9 @@ void masked_horizontal(
     experts.take(t);
     for (int64_t p = 0; p < one.pairs(); ++p) a[p] = relu_squared(read<count>(s1 + one.pair(p) * units));
     for (int64_t p = 0; p < two.pairs(); ++p) mixed[p] = V{};
-    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
-      for (const V a_i = a[i.place]; e != last; ++e) mixed[e->place] += e->w * a_i;
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
+      for (const V a_i = a[i.place]; j != last; ++j)
+        mixed[j->place] += times(factors[j->expert] * i.gate * j->gate, a_i);
     });
     for (int64_t p = 0; p < two.pairs(); ++p) write<count>(y + two.pair(p) * units, mixed[p]);
   }
@@ -303,16 +294,17 @@ void masked_horizontal_backward(
       dmixed[p] = read<count>(dy + two.pair(p) * units);
     }
     if (!add) clear_gates(one, dgates1), clear_gates(two, dgates2);
-    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
       const V a_i = a[i.place];
       V da_i = da[i.place];
       C dgate1 = 0;
-      for (; e != last; ++e) {
-        const C dw = sum<lanes_for(count), C>(dmixed[e->place] * a_i);
-        dgate1 += e->factor * e->gate * dw;
-        dgates2[two.pair(e->place) * heads + h] += e->factor * i.gate * dw;
-        mixed[e->place] += e->w * a_i;
-        da_i += e->w * dmixed[e->place];
+      for (; j != last; ++j) {
+        const C factor = factors[j->expert], w = factor * i.gate * j->gate;
+        const C dw = times(factor, sum<lanes_for(count), C>(dmixed[j->place] * a_i));
+        dgate1 += j->gate * dw;
+        dgates2[two.pair(j->place) * heads + h] += i.gate * dw;
+        mixed[j->place] += times(w, a_i);
+        da_i += times(w, dmixed[j->place]);
       }
       da[i.place] = da_i;
       dgates1[one.pair(i.place) * heads + h] += dgate1;
@@ -336,11 +328,12 @@ void totals(
     experts.take(t);
     for (int64_t p = 0; p < one.pairs(); ++p) totals1[one.pair(p)] = 0;
     for (int64_t p = 0; p < two.pairs(); ++p) totals2[two.pair(p)] = 0;
-    experts.for_each_run([&](int64_t, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+    experts.for_each_run([&](int64_t, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
       C total1 = 0;
-      for (; e != last; ++e) {
-        total1 += e->w;
-        totals2[two.pair(e->place)] += e->w;
+      for (; j != last; ++j) {
+        const C w = factors[j->expert] * i.gate * j->gate;
+        total1 += w;
+        totals2[two.pair(j->place)] += w;
       }
       totals1[one.pair(i.place)] += total1;
     });
@@ -359,14 +352,16 @@ void totals_backward(
     experts.take(t);
     clear_gates(one, dgates1);
     clear_gates(two, dgates2);
-    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const ActiveExpert<C>* e, const ActiveExpert<C>* last) {
+    experts.for_each_run([&](int64_t h, ActiveGate<C> i, const C* factors, const auto* j, const auto* last) {
       const int64_t pair1 = one.pair(i.place);
-      for (; e != last; ++e) {
-        const int64_t pair2 = two.pair(e->place);
-        const C dw = dtotals1[pair1] + dtotals2[pair2];
-        dgates1[pair1 * heads + h] += e->factor * e->gate * dw;
-        dgates2[pair2 * heads + h] += e->factor * i.gate * dw;
+      C dgate1 = 0;
+      for (; j != last; ++j) {
+        const int64_t pair2 = two.pair(j->place);
+        const C dw = times(factors[j->expert], dtotals1[pair1] + dtotals2[pair2]);
+        dgate1 += j->gate * dw;
+        dgates2[pair2 * heads + h] += i.gate * dw;
       }
+      dgates1[pair1 * heads + h] += dgate1;
     });
   }
 }

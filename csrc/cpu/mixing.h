@@ -75,14 +75,12 @@ template <class C>
 const Masking<C>& masking();
 
 // Rooms that a call needs, for a token that has every pair and every gate: of each side 4 rows of units (a vector at most)
-// and 2 numbers a pair, its half-expert and its gates (16 bytes at most), a count a head; and a run of experts.
+// and 2 numbers a pair, its gates (16 bytes at most) and a count a head.
 template <class C>
 int64_t masking_rooms(const Side<C>& side) {
   const int64_t pairs = side.pairs.experts, parts = 32;  // each part begins with a room of its own
-  const int64_t bytes_of_side =
-      pairs * (2 * sizeof(C) + sizeof(int32_t)) + side.heads * ((pairs + 1) * 16 + sizeof(int64_t));
-  const int64_t bytes_of_run = (pairs + 1) * (sizeof(int32_t) + 4 * sizeof(C));
-  return 2 * 4 * pairs + (2 * bytes_of_side + bytes_of_run) / sizeof(VectorRoom) + parts;
+  const int64_t bytes = pairs * 2 * sizeof(C) + side.heads * ((pairs + 1) * 16 + sizeof(int64_t));
+  return 2 * (4 * pairs + bytes / sizeof(VectorRoom)) + parts;
 }
 
 // The mixing of the same names.
