@@ -154,8 +154,8 @@ def test_a_tokenizer_json_is_taken_over_with_its_companions(models: dict[str, Pa
 
 
 def test_a_tokenizer_json_without_companions_keeps_its_own_end_token(tmp_path: Path) -> None:
-    words = {"<|endoftext|>": 0, "one": 1, "two": 2}
-    Tokenizer(WordLevel(words, unk_token="<|endoftext|>")).save(str(tmp_path / "tokenizer.json"))
+    words = {"<|endoftext|>": 0, "one": 1, "two": 2, "<unk>": 3}
+    Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
     model = load_pretrained(GOLDEN / "tiny_vertical")
     folder = save_pretrained(model, tmp_path / "export", tmp_path / "tokenizer.json")
     assert load_pretrained(folder).config.eos_token_id == 0
