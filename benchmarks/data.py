@@ -30,11 +30,12 @@ from data_prep.__main__ import number
 from data_prep.documents import parse, read_chunks
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
-from data_prep.tokenizers import BLOCK, SentencePieceTokenizer, load_tokenizer
+from data_prep.tokenizers import load_tokenizer
 from monet_train.errors import one_line_errors
 
 DOCUMENT_TOKENS = 1000  # mean length of the made-up documents of `index`
 SEQUENCE = 2048
+BLOCK = 256  # texts that the bare encoder gets in a call
 
 
 class Times:
@@ -79,15 +80,16 @@ def read_texts(corpus: str) -> list[str]:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Our command end to end, the bare encoder in as many processes, `datasets.map` and writing; ids compared."""
+    """Our command end to end beside bare encoders in as many processes and `datasets.map`; ids compared."""
     texts = read_texts(arguments.corpus)
     size = sum(len(text.encode()) for text in texts)
     print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {arguments.workers} processes, in turn, "
           f"medians of {arguments.repeats} rounds; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     times = Times()
-    bare_, ours, plain, start = "bare encoder", "monet-data shards", "datasets.map + writing", "start (one document)"
+    bare_, library, ours = "bare encoder", "the tokenizer's own library", "monet-data shards"
+    plain, start = "datasets.map + writing", "start (one document)"
     for _ in range(arguments.repeats):
-        times.add(bare_, *bare(texts, arguments))
+        times.add(bare_, *bare(texts, arguments, fast=True))
         with tempfile.TemporaryDirectory() as folder:
             with times.of(ours):
                 prepare(arguments, Path(folder) / "shards", arguments.corpus)
@@ -95,6 +97,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
             with times.of(start):
                 prepare(arguments, Path(folder) / "one", Path(folder) / "one.txt")
             if arguments.plain:
+                times.add(library, *bare(texts, arguments, fast=False))
                 with times.of(plain):
                     map_and_write(texts, arguments, Path(folder))
     for name in times.taken:
@@ -102,9 +105,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
         print(f"  {name:<28} {wall:8.2f} s {size / wall / 1e6:8.2f} MB/s  {processor:8.2f} s of processor time")
     wall, processor = times.ratio(bare_, ours)
     print(f"  of the bare encoder's speed: {wall:.2f} (by processor time: {processor:.2f})")
-    if arguments.plain:
-        wall, processor = times.ratio(plain, ours)
-        print(f"  times datasets.map + writing: {wall:.2f} (by processor time: {processor:.2f})")
+    for other in (library, plain) if arguments.plain else ():
+        wall, processor = times.ratio(other, ours)
+        print(f"  times as fast as {other}: {wall:.2f} (by processor time: {processor:.2f})")
     print(f"  load at the end: {os.getloadavg()[0]:.1f}")
     if arguments.compare_ids:
         compare_ids(texts, arguments)
@@ -117,18 +120,18 @@ def prepare(arguments: argparse.Namespace, out: Path, source: str | Path) -> Non
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def bare(texts: list[str], arguments: argparse.Namespace) -> tuple[float, float]:
+def bare(texts: list[str], arguments: argparse.Namespace, fast: bool) -> tuple[float, float]:
     """Wall seconds, and processor seconds of all, that ``workers`` processes take to encode what they have in memory.
 
-    Each has its texts and its tokenizer before the time starts.
+    Each has its texts and its tokenizer before the time starts. ``fast``: with the encoder that preparation uses,
+    otherwise with the tokenizer's own library.
     """
     context = multiprocessing.get_context("fork")
     barrier, used = context.Barrier(arguments.workers + 1), context.Array("d", arguments.workers)
 
     def work(rank: int) -> None:
         tokenizer = load_tokenizer(Path(arguments.tokenizer))
-        encoder = getattr(tokenizer, "_fast", None)
-        encode = encoder.encode_all if encoder else tokenizer.encode
+        encode = tokenizer.fast.encode if fast and tokenizer.fast else tokenizer.encode_plainly
         mine = texts[rank :: arguments.workers]
         blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
         barrier.wait()
@@ -176,15 +179,15 @@ def map_and_write(texts: list[str], arguments: argparse.Namespace, folder: Path)
 
 
 def compare_ids(texts: list[str], arguments: argparse.Namespace) -> None:
-    """Are the fast encoder's ids those of SentencePiece, on every document?"""
+    """Are the fast encoder's ids those of the tokenizer's own library, on every document?"""
     tokenizer = load_tokenizer(Path(arguments.tokenizer))
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._fast:
+    if tokenizer.fast:
         different = 0
         for i in range(0, len(texts), 256):
             block = texts[i : i + 256]
             pairs = zip(tokenizer.encode(block), tokenizer.encode_plainly(block), strict=True)
             different += sum(fast != slow for fast, slow in pairs)
-        print(f"  documents with other ids than SentencePiece's: {different} of {len(texts)}")
+        print(f"  documents with other ids than the tokenizer's own library: {different} of {len(texts)}")
 
 
 def memory(arguments: argparse.Namespace) -> None:

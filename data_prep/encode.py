@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
@@ -33,11 +33,11 @@ class Column(NamedTuple):
     codes: np.ndarray  # int32 [documents], the place of a document's value in ``values``; -1: none
 
     @classmethod
-    def of(cls, labels: list[str | None]) -> Column:
+    def of(cls, labels: Sequence[str | None]) -> Column:
         """From the label of each document."""
-        places: dict[str, int] = {}
-        codes = [-1 if label is None else places.setdefault(label, len(places)) for label in labels]
-        return cls(list(places), np.array(codes, dtype=np.int32))
+        values = [label for label in dict.fromkeys(labels) if label is not None]
+        places: dict[str | None, int] = {None: -1, **{value: place for place, value in enumerate(values)}}
+        return cls(values, np.fromiter(map(places.__getitem__, labels), np.int32, len(labels)))
 
 
 class Encoded(NamedTuple):
@@ -61,7 +61,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         tokens=tokens.astype(token_dtype(tokenizer.record.vocabulary_size)),
         lengths=lengths,
         text_bytes=np.array(sizes, dtype=np.int64),
-        labels=[Column.of([values[i] for values in labels]) for i in range(len(LABELS))],
+        labels=[Column.of(column) for column in (zip(*labels, strict=True) if labels else [()] * len(LABELS))],
         ids=ids,
         rejects=parsed.rejects,
         filtered=parsed.filtered,

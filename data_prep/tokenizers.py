@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 from abc import ABC, abstractmethod
-from array import array
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from data_prep.fast_encoder import FastEncoder, Flat
 from data_prep.files import sha256_file, write_whole
 from monet_train.data.manifest import TokenizerRecord
 from monet_train.errors import UserError
@@ -20,8 +18,6 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # names the special tokens of a tokenizer.json
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
-BLOCK = 8  # texts encoded at once; the ids of more fall out of the processor's caches
-COMPARED_CHARS = 200  # of one text a call, to see that the fast encoder is right
 UNHEARD_OF = "\U0010fffd\x01"  # characters that no tokenizer was trained on
 
 
@@ -30,14 +26,15 @@ class Tokenizer(ABC):
 
     path: Path
     record: TokenizerRecord
+    fast: FastEncoder | None
 
     @abstractmethod
-    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
-        """Token ids of each text, without special tokens; made BLOCK texts at a time."""
+    def encode_plainly(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens, by the tokenizer's own library."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        return list(self.encoded(texts))
+        return self._flat(texts).lists()
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -66,14 +63,13 @@ class Tokenizer(ABC):
                     )
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All texts one after the other, each with the end-of-text token: tokens int32 [sum], lengths int32 [n]."""
-        tokens = array("I")  # CPython fills it from a list more than twice as fast as "i"
-        lengths = []
-        for ids in self.encoded(texts):
-            ids.append(self.record.eos_id)
-            tokens.fromlist(ids)
-            lengths.append(len(ids))
-        return np.frombuffer(tokens, dtype=np.int32), np.array(lengths, dtype=np.int32)
+        """All texts one after the other, each with the end-of-text token: tokens uint32 [sum], lengths int32 [n]."""
+        ids, ends = self._flat(texts)
+        tokens = np.insert(ids, ends, self.record.eos_id)
+        return tokens, np.diff(ends, prepend=0).astype(np.int32) + np.int32(1)
+
+    def _flat(self, texts: list[str]) -> Flat:
+        return self.fast.encode(texts) if self.fast else Flat.of(self.encode_plainly(texts))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -99,31 +95,12 @@ class SentencePieceTokenizer(Tokenizer):
             unk_id=_known(self.processor.unk_id()),
             pad_id=_known(self.processor.pad_id()),
         )
-        self._fast = _fast_encoder(path)
-        self.check_special_tokens({self.processor.id_to_piece(i): i for i in self.record.special_ids})
-
-    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
-        """Token ids of each text, without special tokens; made BLOCK texts at a time.
-
-        Raises:
-            UserError: the fast encoder gave other ids than SentencePiece; the start of one text a call is compared.
-        """
-        encode = self.encode_plainly
-        if self._fast and texts:
-            self._compare(texts[0][:COMPARED_CHARS])
-            encode = self._fast.encode_all
-        for block in _blocks(texts):
-            yield from encode(block)
-
-    def _compare(self, start: str) -> None:
-        if self._fast.encode(start) != self.processor.encode(start):
-            raise UserError(
-                f"tokenizer {self.path}: the package kitoken encodes {start[:40]!r} differently from SentencePiece: "
-                "uninstall it (pip uninstall kitoken) and start over"
-            )
+        special = {self.processor.id_to_piece(i): i for i in self.record.special_ids}
+        self.fast = FastEncoder.of_sentencepiece(path, self.encode_plainly, special)
+        self.check_special_tokens(special)
 
     def encode_plainly(self, texts: list[str]) -> list[list[int]]:
-        """The same with SentencePiece itself."""
+        """Token ids of each text, without special tokens, by SentencePiece."""
         return self.processor.encode(texts, num_threads=1)
 
     def decode(self, ids: list[int]) -> str:
@@ -134,27 +111,6 @@ class SentencePieceTokenizer(Tokenizer):
 def _known(number: int) -> int | None:
     """SentencePiece's number of a special token, of which -1 says that there is none."""
     return number if number >= 0 else None
-
-
-def _fast_encoder(path: Path) -> Any:
-    """kitoken's encoder for a SentencePiece model, two to four times as fast; None where it does not serve.
-
-    Its ids are those of SentencePiece for BPE with byte fallback (benchmarks/data.py compares a whole corpus); for
-    unigram models they are not, so those stay with SentencePiece.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    try:
-        import kitoken
-    except ImportError:
-        return None
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(path.read_bytes())
-    specification = model.trainer_spec
-    bpe = sentencepiece_model_pb2.TrainerSpec.BPE  # type: ignore[attr-defined]
-    if specification.model_type != bpe or not specification.byte_fallback:
-        return None
-    return kitoken.Kitoken.from_sentencepiece_file(str(path))
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -193,7 +149,9 @@ class HuggingFaceTokenizer(Tokenizer):
             unk_id=find("unk_token", ("<unk>",)),
             pad_id=find("pad_token", ("<pad>", "<|pad|>")),
         )
-        self.check_special_tokens({text: i for text, i in vocabulary.items() if i in self.record.special_ids})
+        special = {text: i for text, i in vocabulary.items() if i in self.record.special_ids}
+        self.fast = FastEncoder.of(self.inner.to_str(), self.encode_plainly, special)
+        self.check_special_tokens(special)
 
     def copy_to(self, folder: Path, writer: str = "") -> None:
         """Put the tokenizer into a folder, with the file that names its special tokens."""
@@ -202,19 +160,13 @@ class HuggingFaceTokenizer(Tokenizer):
             write_whole(folder / CONFIG_NAME, config.read_bytes(), writer)
         super().copy_to(folder, writer)
 
-    def encoded(self, texts: list[str]) -> Iterator[list[int]]:
-        """Token ids of each text, without special tokens; made BLOCK texts at a time."""
-        for block in _blocks(texts):
-            for item in self.inner.encode_batch_fast(block, add_special_tokens=False):
-                yield item.ids
+    def encode_plainly(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens, by the package tokenizers."""
+        return [item.ids for item in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-def _blocks(texts: list[str]) -> Iterator[list[str]]:
-    return (texts[begin : begin + BLOCK] for begin in range(0, len(texts), BLOCK))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -20,7 +20,10 @@ from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset, IndexedDatasetBuilder
 
 REPOSITORY = Path(__file__).parents[2]
-SENTENCES = "The cat sat on the mat.\nЁжик в тумане, 北京欢迎你 — naïve café.\n\tdef f(x):\n        return x + 1\n"
+SENTENCES = (
+    "The cat sat on the mat.\nЁжик в тумане, 北京欢迎你 — naïve café.\n"
+    "\tdef f(x):\n        return x + 1\n# </ABCDEF> ok\n"
+)
 
 
 def text_of(number: int) -> str:

@@ -82,7 +82,7 @@ def test_the_installed_python_is_a_corpus(data, tokenizer: Tokenizer, tmp_path: 
 
 
 def test_filters_leave_documents_out_and_count_them(prepare: Callable[..., Path], tmp_path: Path) -> None:
-    manifest = Manifest.read(prepare(tmp_path / "out", where={"lang": ["ru"]}, min_chars=100))
+    manifest = Manifest.read(prepare(tmp_path / "out", where={"lang": ["ru"]}, min_chars=130))
     assert list(manifest.shards[0].labels["lang"]) == ["ru"]
     assert manifest.filtered["lang"] == 150
     assert manifest.documents + sum(manifest.filtered.values()) == 300 and manifest.filtered["length"] > 0

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.fast_encoder import FastEncoder
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
+from monet_train.interop.convert_sentencepiece import convert_sentencepiece
 from tests.data.conftest import documents_of, text_of
 
 
@@ -27,7 +29,7 @@ def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path,
 
 
 def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -> None:
-    pytest.importorskip("kitoken")
+    pytest.importorskip("fastokens")
     assert isinstance(tokenizer, SentencePieceTokenizer)
     odd = [
         "",
@@ -44,25 +46,26 @@ def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -
         "0123456789",
     ]
     texts = [text_of(i) for i in range(300)] + odd + [a + b for a in odd for b in odd]
-    assert tokenizer._fast is not None, "BPE with byte fallback is encoded fast"
+    assert tokenizer.fast is not None, "BPE with byte fallback is encoded fast"
     assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
 
 
 def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong:
-        def encode(self, text: str) -> list[int]:
-            return [5]
-
-    monkeypatch.setattr(tokenizer, "_fast", Wrong())
-    with pytest.raises(UserError, match=r"kitoken encodes .* differently"):
+    """What encodes otherwise on the probes is not used at all, what does so later stops the run."""
+    description = convert_sentencepiece(tokenizer.path).to_str()
+    assert FastEncoder.of(description, lambda texts: [[5] for _ in texts], ()) is None
+    assert tokenizer.fast is not None
+    wrong = FastEncoder(tokenizer.fast._inner, lambda texts: [[5] for _ in texts])
+    monkeypatch.setattr(tokenizer, "fast", wrong)
+    with pytest.raises(UserError, match=r"fastokens encodes 'some text' differently"):
         tokenizer.encode(["some text"])
 
 
 def test_a_unigram_model_is_encoded_by_sentencepiece(jsonl: Path, data, tmp_path: Path) -> None:
-    source = (jsonl / "*.jsonl", "--vocab-size", 316, "--model-type", "unigram", "--out", tmp_path)
+    source = (jsonl / "*.jsonl", "--vocab-size", 326, "--model-type", "unigram", "--out", tmp_path)
     assert data("tokenizer", *source)[0] == 0
     unigram = load_tokenizer(tmp_path)
-    assert isinstance(unigram, SentencePieceTokenizer) and unigram._fast is None
+    assert isinstance(unigram, SentencePieceTokenizer) and unigram.fast is None
     assert unigram.decode(unigram.encode([text_of(2)])[0]) == text_of(2)
 
 
@@ -92,8 +95,10 @@ def byte_level(folder: Path, special: str, marked: bool = True) -> Path:
 def test_a_hugging_face_tokenizer_serves_too(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level(tmp_path, "<|endoftext|>"))
     assert tokenizer.record.eos_id == 380 and tokenizer.record.kind == "huggingface"
-    (ids,) = tokenizer.encode([text_of(3)])
-    assert tokenizer.decode(ids) == text_of(3)
+    texts = [*map(text_of, range(100)), "a<|endoftext|>b", "", "<|endoftext|>", "🦔 \n\n e\u0301"]
+    assert tokenizer.fast is not None, "it is encoded fast"
+    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
 
 
 def test_special_tokens_are_known_and_no_text_makes_them(

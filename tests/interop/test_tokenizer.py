@@ -14,16 +14,11 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 
 from monet_train.errors import UserError
-from monet_train.interop import tokenizer as tokenizer_module
+from monet_train.interop import convert_sentencepiece as conversion
+from monet_train.interop.convert_sentencepiece import PROBES, convert_sentencepiece, equally_probable
 from monet_train.interop.export import save_pretrained
 from monet_train.interop.load import load_pretrained
-from monet_train.interop.tokenizer import (
-    PROBES,
-    convert_sentencepiece,
-    equally_probable,
-    load_tokenizer,
-    special_token_ids,
-)
+from monet_train.interop.tokenizer import load_tokenizer, special_token_ids
 
 from .conftest import GOLDEN
 
@@ -195,7 +190,7 @@ def test_only_ties_are_equally_probable(models: dict[str, Path]) -> None:
 
 
 def test_a_conversion_that_is_not_exact_is_reported(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    merges = tokenizer_module._merges
-    monkeypatch.setattr(tokenizer_module, "_merges", lambda proto: merges(proto)[::-1])
+    merges = conversion._merges
+    monkeypatch.setattr(conversion, "_merges", lambda proto: merges(proto)[::-1])
     with pytest.warns(UserWarning, match=r"bpe-code\.model: the converted tokenizer cuts '.*' differently"):
         convert_sentencepiece(models["bpe-code"])

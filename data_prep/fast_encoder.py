@@ -1,0 +1,94 @@
+"""The package fastokens: several times as fast as the tokenizers' own libraries, and used where its ids are theirs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from monet_train.errors import UserError
+from monet_train.interop.convert_sentencepiece import BPE, PROBES, USER_DEFINED, convert_sentencepiece
+
+COMPARED_CALLS = 16  # one call in so many is compared with the tokenizer's own library
+COMPARED_CHARS = 200  # of its first text
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+class Flat(NamedTuple):
+    """Token ids of some texts, one after the other."""
+
+    ids: np.ndarray  # uint32 [sum of lengths]
+    ends: np.ndarray  # int64 [texts], where each text's ids end
+
+    @classmethod
+    def of(cls, lists: list[list[int]]) -> Flat:
+        """From the ids of each text."""
+        ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
+        return cls(np.fromiter(chain.from_iterable(lists), np.uint32), ends)
+
+    def lists(self) -> list[list[int]]:
+        """The ids of each text."""
+        return [part.tolist() for part in np.split(self.ids, self.ends[:-1])] if len(self.ends) else []
+
+
+class FastEncoder:
+    """Encodes in this thread, without special tokens: the name of one in a text is text."""
+
+    def __init__(self, inner: Any, plainly: Encode) -> None:
+        self._inner, self._plainly, self._calls = inner, plainly, count()
+
+    @classmethod
+    def of(cls, description: str, plainly: Encode, special: Iterable[str]) -> FastEncoder | None:
+        """The encoder of a tokenizer.json's content, or None where it does not serve.
+
+        Args:
+            plainly: encodes with the tokenizer's own library.
+            special: names of special tokens. On texts with these, and on PROBES, the ids have to be the same.
+        """
+        os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # the worker processes are the parallelism
+        try:
+            import fastokens
+
+            encoder = cls(fastokens.Tokenizer.from_json_str(description), plainly)
+        except (ImportError, ValueError):  # not installed, or a tokenizer of parts that it does not have
+            return None
+        # Where a model cannot write `<` or `x`, this package takes the name of a byte for the byte.
+        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in special)]
+        return encoder if encoder._flat(probes).lists() == plainly(probes) else None
+
+    @classmethod
+    def of_sentencepiece(cls, path: Path, plainly: Encode, special: Iterable[str]) -> FastEncoder | None:
+        """The encoder of a SentencePiece model: for BPE with byte fallback and without symbols of the user's."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+        model.ParseFromString(path.read_bytes())
+        if model.trainer_spec.model_type != BPE or not model.trainer_spec.byte_fallback:
+            return None
+        if any(piece.type == USER_DEFINED for piece in model.pieces):
+            return None
+        return cls.of(convert_sentencepiece(path).to_str(), plainly, special)
+
+    def encode(self, texts: list[str]) -> Flat:
+        """Token ids of some texts.
+
+        Raises:
+            UserError: they are not those of the tokenizer's own library, as far as they are compared.
+        """
+        if texts and next(self._calls) % COMPARED_CALLS == 0:
+            start = [texts[0][:COMPARED_CHARS]]
+            if self._flat(start).lists() != self._plainly(start):
+                raise UserError(
+                    f"the package fastokens encodes {start[0][:40]!r} differently from the tokenizer's own library: "
+                    "uninstall it (pip uninstall fastokens) and start over"
+                )
+        return self._flat(texts)
+
+    def _flat(self, texts: list[str]) -> Flat:
+        ids, offsets = self._inner.encode_batch_flat(texts, split_special_tokens=True)
+        return Flat(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64))
