@@ -1,6 +1,5 @@
 """What the interop tests share: offline transformers, the reference checkpoints, and their exports."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -10,7 +9,6 @@ from pathlib import Path
 # before anything imports transformers, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
@@ -22,6 +20,12 @@ from monet_train.interop.load import load_pretrained
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORMS = ("tiny_vertical", "tiny_horizontal")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_modules_left_behind() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
