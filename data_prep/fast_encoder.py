@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain, count
 from pathlib import Path
@@ -43,12 +44,13 @@ class FastEncoder:
         self._inner, self._plainly, self._calls = inner, plainly, count()
 
     @classmethod
-    def of(cls, description: str, plainly: Encode, special: Iterable[str]) -> FastEncoder | None:
+    def of(cls, description: str, plainly: Encode, names: Iterable[str]) -> FastEncoder | None:
         """The encoder of a tokenizer.json's content, or None where it does not serve.
 
         Args:
             plainly: encodes with the tokenizer's own library.
-            special: names of special tokens. On texts with these, and on PROBES, the ids have to be the same.
+            names: how special and added tokens are written. On texts with these, and on PROBES, the ids have to be
+                the same.
         """
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # the worker processes are the parallelism
         try:
@@ -58,7 +60,7 @@ class FastEncoder:
         except (ImportError, ValueError):  # not installed, or a tokenizer of parts that it does not have
             return None
         # Where a model cannot write `<` or `x`, this package takes the name of a byte for the byte.
-        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in special)]
+        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in names)]
         return encoder if encoder._flat(probes).lists() == plainly(probes) else None
 
     @classmethod
@@ -72,7 +74,10 @@ class FastEncoder:
             return None
         if any(piece.type == USER_DEFINED for piece in model.pieces):
             return None
-        return cls.of(convert_sentencepiece(path).to_str(), plainly, special)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a conversion that is not exact: the ids are compared afterwards
+            description = convert_sentencepiece(path).to_str()
+        return cls.of(description, plainly, special)
 
     def encode(self, texts: list[str]) -> Flat:
         """Token ids of some texts.

@@ -150,7 +150,8 @@ class HuggingFaceTokenizer(Tokenizer):
             pad_id=find("pad_token", ("<pad>", "<|pad|>")),
         )
         special = {text: i for text, i in vocabulary.items() if i in self.record.special_ids}
-        self.fast = FastEncoder.of(self.inner.to_str(), self.encode_plainly, special)
+        added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
+        self.fast = FastEncoder.of(self.inner.to_str(), self.encode_plainly, added)
         self.check_special_tokens(special)
 
     def copy_to(self, folder: Path, writer: str = "") -> None:

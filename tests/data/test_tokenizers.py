@@ -101,6 +101,19 @@ def test_a_hugging_face_tokenizer_serves_too(tmp_path: Path) -> None:
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
 
 
+def test_an_added_token_that_is_not_special_is_found_in_text(tmp_path: Path) -> None:
+    """Whichever encoder serves: the ids are those of the package tokenizers."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_file(str(byte_level(tmp_path, "<|endoftext|>") / "tokenizer.json"))
+    inner.add_tokens(["<|code|>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    texts = ["a<|code|>b <|code|>", "<|code|><|endoftext|>", *map(text_of, range(20))]
+    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+    assert inner.token_to_id("<|code|>") in tokenizer.encode(texts)[0]
+
+
 def test_special_tokens_are_known_and_no_text_makes_them(
     data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path
 ) -> None:
