@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -81,6 +82,17 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:  # nan neither
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
 def label(text: str) -> tuple[str, str]:
     """``NAME=VALUE`` of a label."""
     name, _, value = text.partition("=")
@@ -128,7 +140,7 @@ def build_parser() -> Parser:
     shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
     shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")
     shards.add_argument(
-        "--max-bad-share", type=float, default=0.01, help="stop if a larger share of documents is bad (0.01)"
+        "--max-bad-share", type=share, default=0.01, help="stop if a larger share of documents is bad (0.01)"
     )
 
     shards.add_argument("--task", type=number, default=0, metavar="I", help="do part I (from 0) of --tasks N")

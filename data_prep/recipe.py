@@ -124,6 +124,14 @@ def _check_source(values: dict[str, Any], where: str) -> None:
     if values.get("txt", "file") not in ("file", "line"):
         raise UserError(f"{where}: txt={values['txt']!r}: choose file or line")
     for key in ("fields", "labels", "where"):
-        for label in values.get(key, {}):
+        for label, value in values.get(key, {}).items():
             if label not in LABELS:
                 raise UserError(f"{where}: {key}: unknown label {label!r}: choose from {', '.join(LABELS)}")
+            if key == "where" and not isinstance(value, list):
+                raise UserError(f"{where}: {key}: {label}: {value!r} is no list: write {label}: [A, B]")
+            for item in value if key == "where" else [value]:
+                if not isinstance(item, str):
+                    raise UserError(
+                        f"{where}: {key}: {label}: YAML reads this value as {item!r}, which is no string: "
+                        "put it in quotes, as in 'no' or '3'"
+                    )

@@ -16,6 +16,7 @@ from monet_train.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 CONFIG_NAME = "tokenizer_config.json"  # names the special tokens of a tokenizer.json
+ROLES = ("eos_token", "bos_token", "unk_token", "pad_token")
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 UNHEARD_OF = "\U0010fffd\x01"  # characters that no tokenizer was trained on
@@ -199,6 +200,21 @@ def _named_tokens(config: Path) -> dict[str, str]:
     """Special tokens by role from tokenizer_config.json, if there is one."""
     if not config.is_file():
         return {}
-    values = json.loads(config.read_text(encoding="utf-8"))
-    tokens = {key: value for key, value in values.items() if key.endswith("_token")}
-    return {key: v["content"] if isinstance(v, dict) else v for key, v in tokens.items() if v}
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} cannot be read: {error}: restore the file that came with the tokenizer") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{config} is no JSON object: restore the file that came with the tokenizer")
+    named: dict[str, str] = {}
+    for role in ROLES:
+        token = values.get(role) or ""
+        name = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(name, str):
+            raise UserError(
+                f'{config}: {role}: {json.dumps(token)} names no token: write the token, as in "</s>", or '
+                '{"content": "</s>"}'
+            )
+        if name:
+            named[role] = name
+    return named

@@ -31,10 +31,12 @@ done
 
 if [[ "$SLURM_ARRAY_TASK_ID" == "$SLURM_ARRAY_TASK_MIN" && "${SLURM_RESTART_COUNT:-0}" == 0 && -n "$out" ]]; then
   # Where compute nodes may not submit jobs, run the merge by hand after the last task.
-  sbatch --job-name=monet-merge --dependency="afterok:$SLURM_ARRAY_JOB_ID" --nodes=1 --ntasks=1 --cpus-per-task=1 \
-    --output="slurm-%x-%j.log" --export=ALL --chdir="$PWD" --wrap="$(printf '%q merge %q' "$(command -v monet-data)" "$out")" \
+  sbatch --job-name=monet-merge --dependency="afterok:$SLURM_ARRAY_JOB_ID" --kill-on-invalid-dep=yes \
+    --nodes=1 --ntasks=1 --cpus-per-task=1 --output="slurm-%x-%j.log" --export=ALL --chdir="$PWD" \
+    --wrap="$(printf '%q merge %q' "$(command -v monet-data)" "$out")" \
     || echo "submit by hand after the array: monet-data merge $out"
 fi
 
-exec srun --kill-on-bad-exit=1 monet-data shards "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" \
+cpus=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$cpus" monet-data shards "$@" --workers "$cpus" \
   --task "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))" --tasks "$SLURM_ARRAY_TASK_COUNT"

@@ -244,9 +244,11 @@ class IndexCache:
             facts = build()
             with _mendable(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile("w", dir=self.folder, suffix=".tmp", delete=False) as stream:
-                    json.dump(facts, stream)
-                Path(stream.name).replace(final)
+                # a file in a temporary folder has the mode of any new file, a temporary file is its owner's alone
+                with tempfile.TemporaryDirectory(dir=self.folder, suffix=".tmp") as temporary:
+                    written = Path(temporary) / final.name
+                    written.write_text(json.dumps(facts))
+                    written.replace(final)
         return json.loads(final.read_text())
 
     def _path(self, key: str) -> Path:

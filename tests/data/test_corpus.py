@@ -288,6 +288,16 @@ def test_processes_that_race_for_the_index_cache_read_the_same(
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_cached_facts_can_be_read_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert packing.IndexCache(tmp_path).load_facts("key", lambda: {"documents": 3}) == {"documents": 3}
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
 def test_facts_of_the_corpus(shards: Path, tmp_path: Path) -> None:
     corpus = open_(shards, tmp_path)
     manifest = Manifest.read(shards)

@@ -208,6 +208,7 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "bad tokenizer": (["shards", good, "--tokenizer", folder / "bad.model", *shards[2:]], "is no Sent"),
         "vocabulary too large": (
             ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
+        "bad share": (["shards", good, *shards, "--max-bad-share", "nan"], "'nan' is no number from 0 to 1"),
         "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is no number"),
         "verify nothing": (["verify", folder / "nowhere"], "manifest.json is missing"),
         "info nothing": (["info", folder / "nowhere"], "manifest.json is missing"),
@@ -218,7 +219,7 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     "misspelt command", "misspelt option", "no source", "no format", "empty corpus", "gzip cut short",
     "zstd cut short", "xz cut short", "parquet cut short",
     "wrong field", "bad recipe", "someone's folder", "no tokenizer", "bad tokenizer",
-    "vocabulary too large", "bad number", "verify nothing", "info nothing",
+    "vocabulary too large", "bad share", "bad number", "verify nothing", "info nothing",
 ])  # fmt: skip
 def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     arguments, words = bad_inputs(tmp_path, jsonl, tokenizer.path)[case]

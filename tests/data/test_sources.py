@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from data_prep.recipe import LABELS, load_recipe
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
+from monet_train.errors import UserError
 from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
@@ -86,6 +88,31 @@ def test_filters_leave_documents_out_and_count_them(prepare: Callable[..., Path]
     assert list(manifest.shards[0].labels["lang"]) == ["ru"]
     assert manifest.filtered["lang"] == 150
     assert manifest.documents + sum(manifest.filtered.values()) == 300 and manifest.filtered["length"] > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("where: {lang: en}", "where: lang: 'en' is no list: write lang: [A, B]"),
+        (
+            "where: {lang: [no, en]}",
+            "where: lang: YAML reads this value as False, which is no string: put it in quotes",
+        ),
+        ("labels: {lang: no}", "labels: lang: YAML reads this value as False, which is no string: put it in quotes"),
+        ("fields: {lang: 3}", "fields: lang: YAML reads this value as 3, which is no string: put it in quotes"),
+    ],
+)
+def test_a_recipe_with_values_that_are_no_strings_is_refused(keys: str, words: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"sources: [{{source: x.jsonl, {keys}}}]")
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_recipe(recipe)
+
+
+def test_a_recipe_keeps_a_language_in_quotes(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sources: [{source: x.jsonl, where: {lang: ['no', en]}}]")
+    assert load_recipe(recipe).sources[0].where == {"lang": ["no", "en"]}
 
 
 def test_bad_documents_are_reported_with_file_and_line(data, tokenizer: Tokenizer, tmp_path: Path) -> None:

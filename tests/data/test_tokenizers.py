@@ -134,6 +134,22 @@ def test_special_tokens_are_known_and_no_text_makes_them(
     assert (record.eos_id, record.bos_id, record.unk_id, record.pad_id) == (380, 380, None, None)
 
 
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ('{"eos_token": ', r"cannot be read: .*: restore the file"),
+        ('["</s>"]', r"is no JSON object: restore the file"),
+        ('{"eos_token": {"x": 1}}', r'eos_token: \{"x": 1\} names no token: write the token'),
+        ('{"eos_token": ["</s>"]}', r'eos_token: \["</s>"\] names no token: write the token'),
+    ],
+)
+def test_a_broken_tokenizer_config_is_refused(written: str, words: str, tmp_path: Path) -> None:
+    folder = byte_level(tmp_path, "</s>")
+    (folder / "tokenizer_config.json").write_text(written)
+    with pytest.raises(UserError, match=rf"tokenizer_config\.json:? {words}"):
+        load_tokenizer(folder)
+
+
 def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"makes its special token '</s>' out of the plain text '</s>'"):
         load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
