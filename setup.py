@@ -98,11 +98,11 @@ def no_cuda(torch) -> str | None:
     wanted = os.environ.get("MONET_CUDA")
     if wanted == "0" or (wanted is None and torch.version.cuda is None):
         return ""
-    if shutil.which("nvcc") is None:
-        return "nvcc not found on the PATH"
-    release = re.search(
-        r"release (\d+)\.", subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    )
+    compiler = nvcc()
+    if compiler is None:
+        return "nvcc found neither on the PATH nor in CUDA_HOME"
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", said)
     if wanted is None and (release is None or release[1] != torch.version.cuda.split(".")[0]):
         return f"nvcc is of another CUDA than torch's {torch.version.cuda}"
     return None

@@ -306,13 +306,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
     said = kernels.describe("native", options.device)
-    if "native, sparse" not in said:
+    if not said.startswith("expert kernels: native"):
         raise UserError(f"{said}; build them with pip install --no-build-isolation -e .")
     print(said)
     measures = (measure_layer, measure_group, measure_decode)
     for name in options.sizes:
         torch.manual_seed(0)
-        conditions = environment()
+        conditions = environment(options.device)
         work = [(form, measure) for form in options.forms for measure in measures]
         rows: list[dict[str, Any]] = []
         for form, measure in tqdm(work, desc=name, unit="workload", leave=False):

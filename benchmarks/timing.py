@@ -37,7 +37,7 @@ def medians_in_turn(subjects: dict[str, Work], rounds: int) -> dict[str, float]:
 
 def wait_for_device() -> None:
     """Work on a GPU is queued: wait until it is done."""
-    if torch.get_default_device().type == "cuda":
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -73,9 +73,9 @@ def bytes_kept_for_backward(forward: Callable[[], Tensor], parameters: list[Tens
     return sum(kept.values())
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    gpu = torch.get_default_device().type == "cuda"
+def environment(device: torch.device | str) -> dict[str, Any]:
+    """What the figures of work on ``device`` depend on."""
+    gpu = torch.device(device).type == "cuda"
     return {
         "processor": torch.cuda.get_device_name() if gpu else processor_name(),
         "cores": os.cpu_count(),

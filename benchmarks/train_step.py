@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = configs["native"]
     launch = Launch(rank=0, world_size=1, local_rank=0)
     device = resolve_device(config.train.device, launch)
-    said = kernels.describe("native", device)
+    said, conditions = kernels.describe("native", device), environment(device)
     start_process_group(launch, device)
     topology = Topology(tensor_size=1)
     steppers = {name: Stepper(each, topology, device) for name, each in configs.items()}
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     stop_process_group()
     tokens = config.train.global_batch_size * config.train.seq_length
     return {
-        "environment": environment(),
+        "environment": conditions,
         "kernels": said,
         "overrides": options.overrides,
         "tokens_a_step": tokens,

@@ -127,29 +127,28 @@ class _Sieve:
         labels = [
             None if field is None or (value := record.get(field)) is None else str(value) for field in self._fields
         ]
+        if any(value and _utf8_bytes(value) is None for value in (*labels, name)):
+            return self.reject(line, "invalid UTF-8")
         return self.add(record[source.text], line, labels, name)
 
     def add(
         self, text: Any, line: int, labels: list[str | None], name: str | None = None, file: str | None = None
     ) -> None:
-        """A text (str, bytes, or the error that came instead) with its labels in the order of LABELS."""
+        """A text (str or bytes) with its labels in the order of LABELS."""
         if isinstance(text, bytes):
             try:
                 text = text.decode()
             except UnicodeDecodeError:
                 return self.reject(line, "invalid UTF-8", file)
         if not isinstance(text, str):
-            reason = f"the text is a {type(text).__name__}"
-            if isinstance(text, Exception):
-                reason = f"cannot be read: {getattr(text, 'strerror', None) or text}"
-            return self.reject(line, reason, file)
+            return self.reject(line, f"the text is a {type(text).__name__}", file)
         if not text or text.isspace():
             return self.reject(line, "empty", file)
-        if len(text) > ENORMOUS_BYTES:
-            return self.reject(line, "enormous", file)
         size = _utf8_bytes(text)
         if size is None:
             return self.reject(line, "invalid UTF-8", file)
+        if size > ENORMOUS_BYTES:
+            return self.reject(line, "enormous", file)
         for number, value in self._fixed:
             labels[number] = value
         if unwanted := self._unwanted(text, labels):
@@ -191,14 +190,12 @@ def _json(line: bytes) -> Any:
     return f"a record is a {type(value).__name__}, not an object" if isinstance(value, str) else value
 
 
-def _read_file(entry: FileEntry) -> bytes | Exception:
+def _read_file(entry: FileEntry) -> bytes:
     try:
         with open_source(entry.path) as stream:
             return stream.read(ENORMOUS_BYTES + 1)
-    except UserError as error:
-        return error
     except READ_ERRORS as error:
-        return error if isinstance(error, Exception) else OSError(str(error))
+        raise unreadable(entry.path, error) from None
 
 
 def _read_lines(part: Part) -> Iterator[Chunk]:
@@ -264,10 +261,29 @@ def _read_parquet(part: Part) -> Iterator[Chunk]:
                     )
             rows, total = 1, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
-                yield Chunk(part, rows, batch.to_pylist(), part.size * batch.num_rows // total)
+                yield Chunk(part, rows, _rows(batch), part.size * batch.num_rows // total)
                 rows += batch.num_rows
         except pyarrow.ArrowException as error:
             raise unreadable(part.path, error) from None
+
+
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch. Bytes that are no UTF-8 become lone surrogates, for which their documents are rejected."""
+    import pyarrow
+
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
+        columns = [column.cast(binary.get(column.type, column.type)).to_pylist() for column in batch.columns]
+        rows = zip(*columns, strict=True)
+        return [
+            {
+                name: value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+                for name, value in zip(batch.schema.names, row, strict=True)
+            }
+            for row in rows
+        ]
 
 
 def _packed(path: str) -> bool:
@@ -279,10 +295,13 @@ def _read_hub(part: Part) -> Iterator[Chunk]:
     rows: list[dict[str, Any]] = []
     first = 1
     wanted = part.source.columns
-    for record in stream:
-        rows.append({key: value for key, value in record.items() if key in wanted})
-        if len(rows) == ROWS_PER_CHUNK:
-            yield Chunk(part, first, rows, 0)
-            first, rows = first + len(rows), []
+    try:
+        for record in stream:
+            rows.append({key: value for key, value in record.items() if key in wanted})
+            if len(rows) == ROWS_PER_CHUNK:
+                yield Chunk(part, first, rows, 0)
+                first, rows = first + len(rows), []
+    except Exception as error:  # of the network, of a reader that datasets chose
+        raise unreadable(part.path, error) from None
     if rows:
         yield Chunk(part, first, rows, 0)

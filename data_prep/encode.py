@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
@@ -117,6 +117,8 @@ class Encoder:
                 "a worker process was killed (out of memory?): run the same command again with fewer --workers; "
                 "it goes on where it stopped"
             ) from None
+        finally:  # who asks for no more may start again: the slots must be free by then
+            wait([future for _, _, future in ahead if not future.cancel()])
 
     def _first(self, ahead: deque[tuple[Chunk, int, Future[Encoded]]]) -> tuple[Chunk, Encoded]:
         chunk, slot, future = ahead.popleft()

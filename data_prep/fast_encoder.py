@@ -53,15 +53,16 @@ class FastEncoder:
                 the same.
         """
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # the worker processes are the parallelism
+        # Where a model cannot write `<` or `x`, this package takes the name of a byte for the byte.
+        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in names)]
         try:
             import fastokens
 
             encoder = cls(fastokens.Tokenizer.from_json_str(description), plainly)
-        except (ImportError, ValueError):  # not installed, or a tokenizer of parts that it does not have
+            same = encoder._flat(probes).lists() == plainly(probes)
+        except (ImportError, ValueError, RuntimeError):  # not installed, or a tokenizer of parts that it does not have
             return None
-        # Where a model cannot write `<` or `x`, this package takes the name of a byte for the byte.
-        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in names)]
-        return encoder if encoder._flat(probes).lists() == plainly(probes) else None
+        return encoder if same else None
 
     @classmethod
     def of_sentencepiece(cls, path: Path, plainly: Encode, special: Iterable[str]) -> FastEncoder | None:
@@ -90,7 +91,7 @@ class FastEncoder:
             if self._flat(start).lists() != self._plainly(start):
                 raise UserError(
                     f"the package fastokens encodes {start[0][:40]!r} differently from the tokenizer's own library: "
-                    "uninstall it (pip uninstall fastokens) and start over"
+                    "uninstall it (pip uninstall fastokens), delete the shards that it made, and run the command again"
                 )
         return self._flat(texts)
 

@@ -99,9 +99,13 @@ def write_whole(path: Path, data: bytes, writer: str = "") -> None:
     ``writer`` tells apart those who may write the same file at the same time.
     """
     temporary = path.with_name(f".{path.name}{writer}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)

@@ -38,7 +38,9 @@ class Journal:
         self.done = False  # all shards are there
 
     def open(self, recipe: dict[str, Any] | None) -> None:
-        """Start the journal, or read the one that a stopped run of the same recipe left (None: of any).
+        """Start the journal, or read the one that a stopped run of the same recipe left.
+
+        Without a recipe any is read and nothing mended: the task that it belongs to may be writing it.
 
         Raises:
             UserError: another recipe is at work in the folder.
@@ -53,7 +55,7 @@ class Journal:
         if not lines or recipe not in (None, lines[0]["recipe"]):
             raise other_recipe(self.path.parent, lines[0]["recipe"] if lines else {}, recipe or {})
         self.recipe = lines[0]["recipe"]
-        if whole != data:
+        if whole != data and recipe is not None:
             write_whole(self.path, whole)
         for line in lines[1:]:
             self.totals = Totals(**line["totals"])

@@ -50,6 +50,7 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
         manifest = Manifest.read(folder)
         if manifest.recipe != asked:
             raise other_recipe(folder, manifest.recipe, asked)
+        _remove_journals(folder)
         _rebuild(plan, encoder, folder, manifest)
         return manifest
     journal = Journal(folder / f"progress{suffix}.jsonl")
@@ -80,12 +81,15 @@ def merge(folder: Path) -> Manifest:
         UserError: a task is missing or unfinished, or the tasks were not given the same command.
     """
     if (folder / MANIFEST_NAME).exists():
+        _remove_journals(folder)
         return Manifest.read(folder)
     with exclusive(folder):
         journals: list[Journal] = []
         for path in sorted(folder.glob("progress-*.jsonl")):
             journal = Journal(path)
-            journal.open(journals[0].recipe if journals else None)
+            journal.open(None)
+            if journals and journal.recipe != journals[0].recipe:
+                raise other_recipe(folder, journals[0].recipe, journal.recipe)
             journals.append(journal)
         if not journals:
             raise UserError(f"{folder} holds no finished tasks: run `monet-data shards ... --task I --tasks N` first")
@@ -106,9 +110,12 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
     shards = [shard for journal in journals for shard in journal.shards]
     totals = [journal.totals for journal in journals]
     rejected, filtered = (_sum(counts) for counts in ([t.rejected for t in totals], [t.filtered for t in totals]))
+    for journal in journals:
+        numbers = [int(shard.name.rsplit("-", 1)[1]) for shard in journal.shards]
+        if numbers != list(range(len(numbers))):
+            raise UserError(f"{journal.path} does not record every shard: delete {folder} and prepare it again")
     if not shards:
-        for journal in journals:
-            journal.path.unlink()
+        _remove_journals(folder)
         raise UserError(
             f"the sources hold no document ({sum(rejected.values())} bad, {sum(filtered.values())} filtered): check "
             "the paths, --text-field and the filters"
@@ -130,9 +137,14 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
         shards=shards,
     )
     write_whole(folder / MANIFEST_NAME, manifest.to_json().encode())
-    for journal in journals:
-        journal.path.unlink()
+    _remove_journals(folder)
     return manifest
+
+
+def _remove_journals(folder: Path) -> None:
+    """What the manifest says, a journal need not; one may be left of a run that was killed in between."""
+    for path in folder.glob("progress*.jsonl"):
+        path.unlink()
 
 
 def _rebuild(plan: Plan, encoder: Encoder, folder: Path, manifest: Manifest) -> None:
@@ -168,7 +180,7 @@ def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
         return
     # Another task may be about to start its journal.
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".lock", ".progress-", "progress-", "rejects-")):
+        if not path.name.startswith((".lock", ".progress", "progress-", "rejects-")):
             raise UserError(f"{folder} is not empty ({path.name}): choose another --out, or empty the folder")
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_prep.documents import Document, parse, read_chunks
 from data_prep.files import write_whole
+from data_prep.journal import exclusive
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts
 from data_prep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -53,13 +54,20 @@ def make_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> d
         "max_documents": recipe.max_documents,
         "max_bytes": recipe.max_bytes,
     }
-    if any((folder / name).exists() for name in TOKENIZER_FILES):
-        return _existing_report(folder, asked)
+    with exclusive(folder):
+        if any((folder / name).exists() for name in TOKENIZER_FILES):
+            return _existing_report(folder, asked)
+        return _make_tokenizer(recipe, options, folder, parts, existing, asked)
+
+
+def _make_tokenizer(
+    recipe: Recipe, options: TokenizerOptions, folder: Path, parts: list[Part], existing: Tokenizer | None,
+    asked: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     budget = min(options.sample_bytes, recipe.max_bytes or options.sample_bytes)
     texts = _Sample(parts, budget, recipe.max_documents)
     model = folder / f".{MODEL_NAME}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if existing is None:
             write_whole(model, _train(texts, options))
         else:

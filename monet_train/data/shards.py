@@ -74,8 +74,11 @@ def find_shards(path: Path) -> ShardSet:
                     )
             shards.append(shard)
         return ShardSet(path, tuple(shards), manifest, manifest.fingerprint)
-    if (path / "progress.jsonl").exists():
-        raise UserError(f"data.path: {path} is unfinished: run the same `monet-data shards` command again")
+    if any(path.glob("progress*.jsonl")):
+        raise UserError(
+            f"data.path: {path} is unfinished: run the same `monet-data shards` command again (after the last of "
+            f"several tasks `monet-data merge {path}`)"
+        )
     prefixes = sorted(file.with_suffix("") for file in path.glob("*.idx"))
     if not prefixes:
         raise UserError(f"data.path: no shards in {path}: make them with `monet-data shards ... --out {path}`")

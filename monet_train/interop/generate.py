@@ -16,7 +16,6 @@ from monet_train.interop.checkpoint import DTYPES, resolve_checkpoint
 from monet_train.interop.load import load_pretrained
 from monet_train.interop.tokenizer import find_tokenizer, load_tokenizer, special_token_ids
 from monet_train.model.attention import KVCache
-from monet_train.model.experts import Experts
 from monet_train.model.transformer import MonetForCausalLM
 
 UNDECODED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not complete yet
@@ -148,9 +147,7 @@ def main() -> None:
     if not prompt:
         raise UserError("--prompt is empty; give the beginning of a text")
     model = load_pretrained(folder, dtype=DTYPES.get(arguments.dtype), device=device)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.store_for_decoding()
+    model.store_for_decoding()
     if len(prompt) >= model.config.max_position_embeddings:
         raise UserError(
             f"--prompt has {len(prompt)} tokens, the model reads {model.config.max_position_embeddings}; shorten it"

@@ -65,7 +65,8 @@ def gates(z: Tensor, threshold: Tensor) -> Tensor:
         threshold: [H], from :func:`activation_threshold`.
 
     Returns:
-        gates [T, H, E], each row summing to 1. A non-finite logit or threshold makes its rows NaN.
+        gates [T, H, E], each row summing to 1. A logit of NaN or +inf, or a threshold of NaN, makes its
+        rows NaN.
     """
     with torch.no_grad():
         largest = z.amax(-1, keepdim=True)

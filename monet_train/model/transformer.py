@@ -16,7 +16,7 @@ from monet_train.kernels import Gates
 from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask, rotary_tables
 from monet_train.model.auxiliary import GateSums, RouterReport, report
 from monet_train.model.config import MonetConfig
-from monet_train.model.experts import EXPERTS
+from monet_train.model.experts import EXPERTS, Experts
 from monet_train.model.router import BatchStatistics, Router
 
 IGNORED = -100  # target of a position that has no next token
@@ -200,6 +200,12 @@ class MonetForCausalLM(nn.Module):
             hidden_states=states if output_hidden_states else None,
             routers=reports,
         )
+
+    def store_for_decoding(self) -> None:
+        """Lay the output weights of all experts out for one token at a time: same shapes and values, much faster."""
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.store_for_decoding()
 
     def set_expert_mask(self, group: int, mask: Tensor) -> None:
         """Switch experts of a routing group off, or scale them, in all its layers, in training and evaluation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -93,6 +94,8 @@ def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tok
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         status, _, err = data("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out")
         assert status == 2 and "being written by another run" in err
+        status, _, err = data("tokenizer", jsonl / "*.jsonl", "--vocab-size", 400, "--out", tmp_path / "out")
+        assert status == 2 and "being written by another run" in err
     finally:
         holder.kill()
         holder.wait()
@@ -117,6 +120,30 @@ def test_tasks_that_end_at_the_same_moment_do_not_disturb_each_other(
     monkeypatch.setattr(os, "fsync", interrupted)
     assert run(0) == 0 and nested == [0]
     assert data("merge", tmp_path / "out")[0] == 0 and data("verify", tmp_path / "out")[0] == 0
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing_in_the_way(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+                 "--workers", 1, "--tokens-per-shard", 4000)  # fmt: skip
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as first_time:
+        first_time.setattr(os, "fsync", full)
+        assert "No space left" in data(*arguments)[2]
+    assert data(*arguments)[0] == 0 and contents(tmp_path / "out") == contents(shards)
+
+
+def test_a_journal_that_outlived_its_run_goes(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Killed between the manifest and the journal's removal."""
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path, "--workers", 1)
+    assert data(*arguments)[0] == 0
+    before = contents(tmp_path)
+    (tmp_path / "progress.jsonl").write_text("{}\n")
+    assert data(*arguments)[0] == 0 and contents(tmp_path) == before
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(

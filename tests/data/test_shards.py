@@ -28,6 +28,8 @@ from data_prep.verify import verify
 from monet_train.data.index_file import read_index, token_dtype
 from monet_train.data.manifest import Manifest, Position
 from monet_train.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
+from monet_train.data.shards import find_shards
+from monet_train.errors import UserError
 from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
 
 
@@ -116,7 +118,10 @@ def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenize
     journal.write_bytes(whole[:-9])  # task 2 is at this moment writing a line, and a shard
     writing.touch()
     assert data(*source, "--out", out, "--task", 0, "--tasks", 3)[0] == 0
-    assert journal.read_bytes() == whole[:-9] and writing.exists(), "tasks leave each other alone"
+    assert data("merge", out)[0] == 2
+    assert journal.read_bytes() == whole[:-9] and writing.exists(), "merge and tasks leave a task's files alone"
+    with pytest.raises(UserError, match=r"is unfinished.*monet-data merge"):
+        find_shards(out)
     journal.write_bytes(whole)
     writing.unlink()
     status, _, err = data("merge", out)
@@ -181,7 +186,10 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     (folder / "cut.jsonl.xz").write_bytes(lzma.compress(lines)[:-100])
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 1000}), folder / "cut.parquet")
     (folder / "cut.parquet").write_bytes((folder / "cut.parquet").read_bytes()[:-100])
+    (folder / "cut.txt.gz").write_bytes(gzip.compress(b"some text" * 1000)[:-10])
     (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "hub").mkdir()
+    (folder / "hub" / "data.jsonl").write_bytes(b'{"text": "a"}\n' * 300 + b'{"text": "b')
     (folder / "notes.docx").write_bytes(b"?")
     (folder / "recipe.yaml").write_text("sources: [{source: x.jsonl, min_char: 3}]")
     (folder / "full").mkdir()
@@ -196,6 +204,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "no format": (["shards", folder / "notes.docx", *shards], "no known format"),
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
         "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
+        "text in a gzip cut short": (["shards", folder / "cut.txt.gz", *shards], "cut.txt.gz cannot be read (cut"),
+        "hub dataset cut short": (["shards", f"hf:{folder / 'hub'}", *shards], "cannot be read ("),
         "zstd cut short": (["shards", folder / "cut.jsonl.zst", *shards], "cut.jsonl.zst cannot be read (cut short"),
         "xz cut short": (["shards", folder / "cut.jsonl.xz", *shards], "cut.jsonl.xz cannot be read (cut short"),
         "parquet cut short": (["shards", folder / "cut.parquet", *shards], "cut.parquet cannot be read ("),

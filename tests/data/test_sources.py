@@ -126,18 +126,33 @@ def test_bad_documents_are_reported_with_file_and_line(data, tokenizer: Tokenize
         7: (b"[1, 2]", "a record is a list, not an object"),
         8: (b'{"text": "\\ud800"}', "invalid UTF-8"),
         9: (b'"only a string"', "a record is a str, not an object"),
+        10: (b'{"text": "hi", "lang": "\\ud800"}', "invalid UTF-8"),
     }
     file = tmp_path / "mixed.jsonl"
     file.write_bytes(b"\n".join(bad.get(n, (good,))[0] for n in range(1, 31)) + b"\n\n")
     arguments = ("shards", file, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
     status, _, err = data(*arguments)
-    assert status == 2 and "8 of 30 documents are bad" in err and "--max-bad-share" in err
+    assert status == 2 and "9 of 30 documents are bad" in err and "--max-bad-share" in err
     status, out, _ = data(*arguments, "--max-bad-share", 0.5)
-    assert status == 0 and "8 bad documents" in out
+    assert status == 0 and "9 bad documents" in out
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert {r["line"]: r["reason"] for r in rejects} == {n: reason for n, (_, reason) in bad.items()}
     assert {r["file"] for r in rejects} == {str(file)}
-    assert Manifest.read(tmp_path / "out").documents == 22
+    assert Manifest.read(tmp_path / "out").documents == 21
+
+
+def test_a_string_of_parquet_that_is_no_utf8_costs_its_document(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    texts = [b"\xff\xfe", "schön".encode(), b"good", *[b"good"] * 300]
+    labels = [b"en", b"de", b"\xff", *[b"en"] * 300]
+    columns = {"text": texts, "lang": labels}
+    strings = {name: pyarrow.array(values, pyarrow.binary()).view(pyarrow.string()) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pyarrow.table({**strings, "n": range(303)}), tmp_path / "bad.parquet")
+    manifest = Manifest.read(prepare(tmp_path / "out", [str(tmp_path / "bad.parquet")]))
+    assert manifest.rejected == {"invalid UTF-8": 2} and manifest.documents == 301
+    assert manifest.shards[0].labels["lang"].keys() == {"en", "de"}
 
 
 def test_an_enormous_line_costs_one_document(

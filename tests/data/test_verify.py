@@ -6,11 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import data_prep.documents
+import data_prep.encode
+from data_prep.documents import Chunk
+from data_prep.encode import Encoded
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from tests.data.conftest import REPOSITORY, contents, text_of
@@ -67,6 +72,26 @@ def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Pat
     assert contents(out) == contents(shards)
     changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
     assert changed == {f"shard-00002.{suffix}" for suffix in ("bin", "idx", "labels.parquet")}
+
+
+def test_several_lost_shards_are_rebuilt_by_several_workers(
+    prepare: Callable[..., Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a shard's rebuilding read ahead and left does not get into the next one's memory."""
+    encode_chunk = data_prep.encode.encode_chunk
+
+    def slowly(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
+        time.sleep(0.01)  # so that much is left
+        return encode_chunk(tokenizer, chunk)
+
+    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(data_prep.encode, "encode_chunk", slowly)
+    out = prepare(tmp_path / "out", workers=2)
+    before = contents(out)
+    for number in (0, 2, 4):
+        (out / f"shard-{number:05d}.bin").unlink()
+    prepare(out, workers=2)
+    assert contents(out) == before
 
 
 def test_info_shows_counts_labels_lengths_and_samples(data, shards: Path) -> None:
