@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import Encoder
-from data_prep.files import write_whole
+from data_prep.files import sync, write_whole
 from data_prep.ids import find_duplicates
 from data_prep.journal import Journal, exclusive, other_recipe, recipe_of
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import disk_error
 from data_prep.sources import list_parts
-from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.tokenizers import CONFIG_NAME, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
 from monet_train.errors import UserError
@@ -65,6 +65,8 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
         log = RejectsLog(folder / f"rejects{suffix}.jsonl", copy.deepcopy(journal.totals))
         kept = begin.documents
         for shard, totals in make_shards(plan, encoder, folder, begin, parts.stop, log):
+            if totals.rejects_bytes:
+                sync(log.path)  # the journal counts on it
             journal.add(shard, totals)
             kept += shard.documents
             _judge(log, kept, ENOUGH_TO_JUDGE, plan.options.max_bad_share)
@@ -116,6 +118,8 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
             raise UserError(f"{journal.path} does not record every shard: delete {folder} and prepare it again")
     if not shards:
         _remove_journals(folder)
+        for name in (*TOKENIZER_FILES, CONFIG_NAME):  # nothing is in the way of another attempt
+            (folder / name).unlink(missing_ok=True)
         raise UserError(
             f"the sources hold no document ({sum(rejected.values())} bad, {sum(filtered.values())} filtered): check "
             "the paths, --text-field and the filters"
@@ -180,7 +184,7 @@ def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
         return
     # Another task may be about to start its journal.
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".lock", ".progress", "progress-", "rejects-")):
+        if not path.name.startswith((".lock", ".progress", "progress-", "rejects")):
             raise UserError(f"{folder} is not empty ({path.name}): choose another --out, or empty the folder")
 
 

@@ -137,6 +137,17 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing_in_the_way(
     assert data(*arguments)[0] == 0 and contents(tmp_path / "out") == contents(shards)
 
 
+def test_where_no_document_was_left_another_attempt_is_free(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source = tmp_path / "corpus.jsonl"
+    source.write_text("{bad\n" + (jsonl / "part-0.jsonl").read_text())
+    arguments = ("shards", source, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    status, _, err = data(*arguments, "--min-chars", 100_000, "--max-bad-share", 0.5)
+    assert status == 2 and "hold no document" in err
+    assert data(*arguments)[0] == 0
+
+
 def test_a_journal_that_outlived_its_run_goes(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Killed between the manifest and the journal's removal."""
     arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path, "--workers", 1)
