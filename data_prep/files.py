@@ -65,7 +65,7 @@ def unreadable(path: str, error: BaseException) -> UserError:
     if isinstance(error, EOFError | lzma.LZMAError | zlib.error) or "runcated" in reason:
         reason = f"cut short or damaged: {reason}"
     return UserError(
-        f"source {path} cannot be read ({reason}): restore the file and run the same command again, "
+        f"source {path} cannot be read ({' '.join(reason.split())}): restore the file and run the same command again, "
         "which goes on where it stopped"
     )
 

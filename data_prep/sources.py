@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -167,4 +168,5 @@ def open_hub(source: Source) -> Any:
 def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> Any:
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, and we say in one line
     return datasets.load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=True)
