@@ -122,13 +122,18 @@ class _Sieve:
             if name is None:
                 return self.reject(line, f"no field {source.id!r}")
             name = str(name)
+            if _utf8_bytes(name) is None:
+                return self.reject(line, "invalid UTF-8")
         if source.text not in record:
             return self.reject(line, f"no field {source.text!r}")
-        labels = [
-            None if field is None or (value := record.get(field)) is None else str(value) for field in self._fields
-        ]
-        if any(value and _utf8_bytes(value) is None for value in (*labels, name)):
-            return self.reject(line, "invalid UTF-8")
+        labels: list[str | None] = []
+        for field in self._fields:
+            value = None if field is None else record.get(field)
+            if value is not None:
+                value = str(value)
+                if not value.isascii() and _utf8_bytes(value) is None:
+                    return self.reject(line, "invalid UTF-8")
+            labels.append(value)
         return self.add(record[source.text], line, labels, name)
 
     def add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -183,6 +184,7 @@ def _start(tokenizer: Tokenizer, slots: _Slots) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer, _slots = tokenizer, slots
+    gc.freeze()  # what the parent had loaded is here to stay
 
 
 def _end_with_parent() -> None:

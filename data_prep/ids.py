@@ -12,6 +12,7 @@ from monet_train.data.manifest import ShardRecord
 
 AT_ONCE = 1 << 24  # hashes held at once; more documents take more passes over the labels
 LOOKED_UP = 1000  # repeated hashes of a pass whose ids are compared as text
+SHOWN = 80  # characters of an id in the error
 
 
 class Duplicates(NamedTuple):
@@ -24,7 +25,8 @@ class Duplicates(NamedTuple):
     def __str__(self) -> str:
         """Half a line for an error."""
         more = f" ({self.repeats:,} documents repeat an id)" if self.repeats > 1 else ""
-        return f"document id {self.id!r} stands twice, in {' and '.join(self.places)}{more}"
+        name = self.id if len(self.id) <= SHOWN else self.id[:SHOWN] + "..."
+        return f"document id {name!r} stands twice, in {' and '.join(self.places)}{more}"
 
 
 def find_duplicates(folder: Path, shards: list[ShardRecord]) -> Duplicates | None:
