@@ -25,10 +25,10 @@ from monet_train.errors import UserError, one_line_errors
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.training.engine import build_engine, set_learning_rate
-from monet_train.training.flops import training_flops_per_token
+from monet_train.training.flops import peak_flops, training_flops_per_token
 from monet_train.training.objective import Objective
 from monet_train.training.optimizer import learning_rate
-from monet_train.training.setup import build_model
+from monet_train.training.setup import build_model, work_done
 
 ROOT = Path(__file__).parents[1]
 COMPARED_STEPS = 20
@@ -45,6 +45,7 @@ class Stepper:
         self.engine.train()
         self.objective = Objective.of(config.train)
         self.step = 0
+        self.active: list[list[float]] = []  # of every router in the last micro-step: half-experts a token, by side
 
     def __call__(self) -> float:
         """One optimizer step; its cross-entropy."""
@@ -52,10 +53,12 @@ class Stepper:
         set_learning_rate(self.engine, rate)
         losses = []
         for tokens in batches(self.step, self.config, self.device):
-            total, metrics = self.objective(self.engine(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False))
+            output = self.engine(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False)
+            total, metrics = self.objective(output)
             self.engine.backward(total)
             self.engine.step()
             losses.append(metrics[0])
+        self.active = [router.active.tolist() for router in output.routers]
         self.step += 1
         return torch.stack(losses).mean().item()
 
@@ -94,20 +97,28 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steppers = {name: Stepper(each, topology, device) for name, each in configs.items()}
     losses = {name: [stepper() for _ in range(COMPARED_STEPS)] for name, stepper in steppers.items()}
     deviation = max(abs(a - b) / b for a, b in zip(losses["native"], losses["plain"], strict=True))
-    work: dict[str, Callable[[], object]] = dict(steppers)
-    seconds = medians_in_turn(work, options.rounds)
+    subjects: dict[str, Callable[[], object]] = dict(steppers)
+    seconds = medians_in_turn(subjects, options.rounds)
     if options.profile:
         print_profile(steppers["native"])
     stop_process_group()
+    flops = {"dense": training_flops_per_token(config.model, config.train.seq_length)}
+    for name, stepper in steppers.items():
+        work = work_done(configs[name], device)
+        flops[name] = work.flops_per_token(config.model, config.train.seq_length, stepper.active)
+    peak = peak_flops(device, config.train.precision)
     tokens = config.train.global_batch_size * config.train.seq_length
+    speed = {name: tokens / value for name, value in seconds.items()}
     return {
         "environment": conditions,
         "kernels": said,
         "overrides": options.overrides,
         "tokens_a_step": tokens,
-        "dense_flops_a_token": training_flops_per_token(config.model, config.train.seq_length),
+        "flops_a_token": flops,
         "seconds": seconds,
-        "tokens_per_second": {name: tokens / value for name, value in seconds.items()},
+        "tokens_per_second": speed,
+        "mfu": peak and {name: flops["dense"] * value / peak for name, value in speed.items()},
+        "hfu": peak and {name: flops[name] * value / peak for name, value in speed.items()},
         "native_over_plain": seconds["plain"] / seconds["native"],
         "largest_loss_deviation": deviation,
         "compared_steps": COMPARED_STEPS,
@@ -128,9 +139,12 @@ def main() -> None:
     if options.rounds < 1:
         raise UserError(f"--rounds {options.rounds} must be at least 1")
     report = measure(options)
-    print(f"{report['kernels']}\n{'':>8}  s/step  tokens/s")
+    dense = report["flops_a_token"]["dense"] / 1e6
+    print(f"{report['kernels']}\n{'':>8}  s/step  tokens/s  MFLOP/token (dense {dense:,.0f})")
     for name in IMPLEMENTATIONS:
-        print(f"{name:>8}  {report['seconds'][name]:6.3f}  {report['tokens_per_second'][name]:8,.0f}")
+        share = f"  mfu {report['mfu'][name]:.1%}, hfu {report['hfu'][name]:.1%}" if report["mfu"] else ""
+        print(f"{name:>8}  {report['seconds'][name]:6.3f}  {report['tokens_per_second'][name]:8,.0f}  "
+              f"{report['flops_a_token'][name] / 1e6:11,.0f}{share}")  # fmt: skip
     print(
         f"native is {report['native_over_plain']:.2f} times as fast; largest loss deviation over "
         f"{COMPARED_STEPS} steps {report['largest_loss_deviation']:.1e}"

@@ -70,14 +70,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, c
     cpu::place_pairs(
         marks.active, tokens, experts, read<int32_t>(row_start), write<int32_t>(token), write<int32_t>(group_start),
         write<int32_t>(row_pair));
-    const Pairs pairs = pairs_of({token, group_start, row_start, row_pair}, experts);
+    const Pairs pairs = pairs_of(z, {token, group_start, row_start, row_pair}, experts);
     cpu::active_softmax(read<T>(z), marks, pairs, heads, write<T>(gates));
     return std::make_tuple(gates, token, group_start, row_start, row_pair);
   });
 }
 
 Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = values_of(dgates, pairs);
   Tensor dlogits = at::empty_like(given);
   with_wide_type(given, [&](auto zero) {
@@ -90,7 +90,7 @@ Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, 
 // The same as entries of a sparse tensor [tokens, heads, experts]: indices [3, entries] and values.
 std::tuple<Tensor, Tensor> route_backward_sparse(
     const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dlogits = route_backward(given, dgates, layout, experts);
   return with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> route_backward_sparse(
 }
 
 Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(values, layout, experts);
   const Tensor given = values_of(values, pairs);
   Tensor dense = at::empty({pairs.tokens, given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -115,7 +115,7 @@ Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
 }
 
 Tensor gather_dense(const Tensor& dense, Layout layout) {
-  const Pairs pairs = pairs_of(layout, dense.size(2));
+  const Pairs pairs = pairs_of(dense, layout, dense.size(2));
   const Tensor given = dense.contiguous();
   Tensor values = at::empty({pairs.count, given.size(1)}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -126,7 +126,7 @@ Tensor gather_dense(const Tensor& dense, Layout layout) {
 }
 
 Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -137,7 +137,7 @@ Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
 }
 
 Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
-  const Pairs pairs = pairs_of(layout, dtotals.size(1));
+  const Pairs pairs = pairs_of(dtotals, layout, dtotals.size(1));
   const Tensor given = dtotals.contiguous();
   Tensor dgates = at::empty({pairs.count, given.size(0)}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -148,7 +148,7 @@ Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
 }
 
 Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1)}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -159,7 +159,7 @@ Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
 }
 
 Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = dtotals.contiguous();
   Tensor dgates = at::empty_like(given);
   with_wide_type(given, [&](auto zero) {

@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, c
     cuda::place_pairs(
         device.stream(), marks.active, tokens, experts, read<int32_t>(row_start), write<int32_t>(token),
         write<int32_t>(group_start), write<int32_t>(row_pair));
-    const Pairs pairs = pairs_of({token, group_start, row_start, row_pair}, experts);
+    const Pairs pairs = pairs_of(z, {token, group_start, row_start, row_pair}, experts);
     cuda::active_softmax(device.stream(), read<T>(z), marks, pairs, heads, write<T>(gates));
     return std::make_tuple(gates, token, group_start, row_start, row_pair);
   });
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, c
 
 Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
   const OnDevice device(gates);
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = values_of(dgates, pairs);
   Tensor dlogits = at::empty_like(given);
   with_wide_type(given, [&](auto zero) {
@@ -111,7 +111,7 @@ Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, 
 
 Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
   const OnDevice device(values);
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(values, layout, experts);
   const Tensor given = values_of(values, pairs);
   Tensor all = at::empty({pairs.tokens, given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -123,7 +123,7 @@ Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
 
 Tensor gather_dense(const Tensor& all, Layout layout) {
   const OnDevice device(all);
-  const Pairs pairs = pairs_of(layout, all.size(2));
+  const Pairs pairs = pairs_of(all, layout, all.size(2));
   const Tensor given = all.contiguous();
   Tensor values = at::empty({pairs.count, given.size(1)}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -135,7 +135,7 @@ Tensor gather_dense(const Tensor& all, Layout layout) {
 
 Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
   const OnDevice device(gates);
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -147,7 +147,7 @@ Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
 
 Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
   const OnDevice device(dtotals);
-  const Pairs pairs = pairs_of(layout, dtotals.size(1));
+  const Pairs pairs = pairs_of(dtotals, layout, dtotals.size(1));
   const Tensor given = dtotals.contiguous();
   Tensor dgates = at::empty({pairs.count, given.size(0)}, given.options());
   with_wide_type(given, [&](auto zero) {
@@ -159,7 +159,7 @@ Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
 
 Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
   const OnDevice device(gates);
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs);
   Tensor totals = at::empty({given.size(1)}, given.options());
   Tensor largest = at::empty({pairs.tokens, given.size(1)}, given.options());
@@ -172,7 +172,7 @@ Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
 
 Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layout layout, int64_t experts) {
   const OnDevice device(gates);
-  const Pairs pairs = pairs_of(layout, experts);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = dtotals.contiguous();
   Tensor dgates = at::empty_like(given);
   with_wide_type(given, [&](auto zero) {

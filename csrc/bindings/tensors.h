@@ -48,15 +48,23 @@ inline at::TensorOptions accumulator(const Tensor& tensor) {
   return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+// Pointers of another device must not reach a kernel.
+inline void check_device(const Tensor& like, const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.device() == like.device(), name, " is on ", tensor.device(), ", other tensors on ", like.device());
+}
+
 // ---- gates
 
 // The four index tensors of a Pairs: token, group_start, row_start, row_pair.
 using Layout = at::TensorList;
 
-inline Pairs pairs_of(Layout layout, int64_t experts) {
+// The pairs that values or gates on the device of `like` belong to.
+inline Pairs pairs_of(const Tensor& like, Layout layout, int64_t experts) {
   TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
-  for (const Tensor& part : layout)
+  for (const Tensor& part : layout) {
     TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is of contiguous int32 tensors");
+    check_device(like, part, "a layout");
+  }
   const Pairs pairs{
       .tokens = layout[2].numel() - 1,
       .experts = experts,
@@ -82,6 +90,7 @@ inline void check_route(const Tensor& logits, const Tensor& threshold) {
   TORCH_CHECK(
       threshold.dim() == 1 && threshold.size(0) == logits.size(1) && threshold.scalar_type() == logits.scalar_type(),
       "threshold must be [heads], in the type of the logits");
+  check_device(logits, threshold, "threshold");
   TORCH_CHECK(
       logits.size(0) <= std::numeric_limits<int32_t>::max() / logits.size(2), logits.size(0),
       " tokens are too many for one call; split them");
@@ -96,16 +105,18 @@ inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows,
   TORCH_CHECK(
       weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
       like.scalar_type());
+  check_device(like, weight, name);
 }
 
 // One side of an expert layer: its gates in the type of sums, and what a pair needs.
 struct SideTensors {
   SideTensors(const Tensor& gates, Layout layout, int64_t experts)
-      : pairs(pairs_of(layout, experts)), gates(values_of(gates, pairs)) {}
+      : pairs(pairs_of(gates, layout, experts)), gates(values_of(gates, pairs)) {}
   SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
       : SideTensors(gates, layout, experts) {
     TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
     TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
+    check_device(x, gates, "a gate");
   }
 
   template <class C>
@@ -129,6 +140,7 @@ struct MaskTensor {
             mask->size(2) == experts,
         "mask must be [1 or ", heads, ", ", experts, ", ", experts, "], not ", mask->sizes());
     TORCH_CHECK(mask->scalar_type() == one.gates.scalar_type(), "mask must be in the type of sums");
+    check_device(one.gates, *mask, "mask");
     factors = mask->contiguous();
   }
 

@@ -24,6 +24,7 @@ __all__ = [
     "expert_weights",
     "head_moments",
     "horizontal_experts",
+    "is_native",
     "route",
     "router_logits",
     "store_by_columns",
@@ -31,19 +32,38 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = ("auto", "native", "plain")
+NATIVE_TYPES = (torch.float32, torch.bfloat16, torch.float64)  # other tokens (fp16) take the plain definition
 
 
 def describe(implementation: str, device: torch.device | str) -> str:
-    """One line for the start of a run: which implementation the expert operations will take, and why."""
-    if implementation == "plain":
-        return "expert kernels: plain PyTorch definition, as asked"
+    """One line for the start of a run: which implementation the expert operations will take, and why.
+
+    Raises:
+        UserError: as :func:`is_native`.
+    """
     device = torch.device(device)
-    reason = _why_not_native(device)
-    if reason is None and device.type == "cuda":
-        return f"expert kernels: native (CUDA, {torch.cuda.get_device_name(device)})"
-    if reason is None:
+    if is_native(implementation, device):
+        if device.type == "cuda":
+            return f"expert kernels: native (CUDA, {torch.cuda.get_device_name(device)})"
         return f"expert kernels: native, sparse (CPU, {torch.ops.monet.instruction_set()})"
-    return f"expert kernels: plain PyTorch definition (native kernels: {reason})"
+    why = "as asked" if implementation == "plain" else f"native kernels: {_why_not_native(device)}"
+    return f"expert kernels: plain PyTorch definition ({why})"
+
+
+def is_native(implementation: str, device: torch.device) -> bool:
+    """Whether ``implementation`` (``auto``, ``native``, ``plain``) means the native kernels on ``device``.
+
+    Raises:
+        UserError: there is no such implementation, or native kernels are asked for and cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"kernels={implementation} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "plain":
+        return False
+    reason = _why_not_native(device)
+    if implementation == "native" and reason is not None:
+        raise UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
+    return reason is None
 
 
 def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
@@ -70,12 +90,7 @@ def route(z: Tensor, threshold: Tensor, implementation: str = "auto") -> Gates:
     ``implementation``: ``auto`` takes the native kernels wherever they can run (fp32 logits), ``plain`` the
     definition, ``native`` the kernels (fp32 or fp64 logits) or an error.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"kernels={implementation} is unknown; use one of {', '.join(IMPLEMENTATIONS)}")
-    reason = None if implementation == "plain" else _why_not_native(z.device)
-    if implementation == "native" and reason is not None:
-        raise UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
-    if implementation == "native" or (implementation == "auto" and reason is None and z.dtype == torch.float32):
+    if is_native(implementation, z.device) and (implementation == "native" or z.dtype == torch.float32):
         return compact.route(z, threshold)
     return DenseGates(plain.gates(z, threshold))
 
@@ -85,7 +100,7 @@ def vertical_experts(x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None, *weig
 
     ``mask`` [1 or H, E, E] has the factor of every expert and is a constant: it gets no gradient.
     """
-    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
+    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates) and x.dtype in NATIVE_TYPES:
         return experts.vertical_experts(x, g1, g2, mask, *weights)
     return plain.vertical_experts(x, g1.dense(), g2.dense(), mask, *weights)
 
@@ -95,7 +110,7 @@ def horizontal_experts(x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None, *we
 
     ``mask`` [1 or H, E, E] has the factor of every expert and is a constant: it gets no gradient.
     """
-    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates):
+    if isinstance(g1, CompactGates) and isinstance(g2, CompactGates) and x.dtype in NATIVE_TYPES:
         return experts.horizontal_experts(x, g1, g2, mask, *weights)
     return plain.horizontal_experts(x, g1.dense(), g2.dense(), mask, *weights)
 
@@ -112,7 +127,7 @@ def expert_weights(g1: Gates, g2: Gates, mask: Tensor | None) -> tuple[Gates, Ga
 
 def expert_bias(g: Gates, b: Tensor) -> Tensor:
     """Output bias of one side, [T, width]. See :func:`plain.expert_bias`."""
-    if isinstance(g, CompactGates):
+    if isinstance(g, CompactGates) and b.dtype in NATIVE_TYPES:
         return experts.expert_bias(g, b)
     return plain.expert_bias(g.dense(), b)
 

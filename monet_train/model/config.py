@@ -51,6 +51,11 @@ class MonetConfig:
         """Whether ``layer`` owns a router; the other layers of its group reuse its gates."""
         return layer % self.moe_groups == 0
 
+    @property
+    def router_layers(self) -> range:
+        """The layers that own a router; the router of ``layer`` is number ``layer // moe_groups`` of them."""
+        return range(0, self.num_hidden_layers, self.moe_groups)
+
     def validate(self) -> None:
         """Refuse sizes that make no model. Raises :class:`UserError` naming the key and the remedy."""
         for name in (

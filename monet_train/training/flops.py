@@ -1,6 +1,12 @@
-"""Floating-point work of a Monet and the peak of known devices, for the model FLOPs utilisation (MFU)."""
+"""Floating-point work of a Monet and the peak of known devices, for the utilisation figures.
+
+A multiply-add counts 2. A backward pass counts twice its forward pass: a product for each of two gradients.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,28 +24,94 @@ BF16_PEAKS = {
 }
 
 
-def forward_flops_per_token(config: MonetConfig, seq_length: int) -> float:
-    """Dense forward FLOPs of one token: the architecture's, whatever a sparse kernel skips.
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Dense forward FLOPs of one token, by part; the first five are those of one layer.
 
-    A multiply-add counts 2; attention is counted full, not causal. Within 0.5% of the paper's Table 8 for the
-    1.4B (6745.30 TFLOP for 2^21 tokens; 8017.81 with a router in every layer).
+    Dense is the architecture's work, whatever a sparse kernel skips; attention is counted full, not causal.
     """
-    d, experts, heads = config.hidden_size, config.moe_experts, config.moe_heads
-    inner = experts * config.moe_dim
-    attention = 2 * d * (2 * d + 2 * config.kv_heads * config.head_dim) + 4 * seq_length * d
-    up_and_down = 2 * d * inner + 2 * d * inner
-    # vertical has two mixing products of inner/2 units a side, horizontal two of all units: the same work
-    mixing = 2 * 2 * heads * inner
-    bias = 2 * experts * d
-    router = 2 * d * 2 * heads * experts
-    routers = sum(config.has_router(layer) for layer in range(config.num_hidden_layers))
-    layers = config.num_hidden_layers * (attention + up_and_down + mixing + bias)
-    return layers + routers * router + 2 * d * config.vocab_size
+
+    projections: float  # of attention
+    attention: float
+    up: float  # x to the half-experts' hidden units
+    mixing: float  # hidden units with gates
+    down: float  # and back, with the output bias
+    router: float
+    head: float
+
+    @classmethod
+    def of(cls, config: MonetConfig, seq_length: int) -> ForwardFlops:
+        """The parts for sequences of ``seq_length`` tokens."""
+        d, experts, heads = config.hidden_size, config.moe_experts, config.moe_heads
+        inner = experts * config.moe_dim
+        return cls(
+            projections=2 * d * (2 * d + 2 * config.kv_heads * config.head_dim),
+            attention=4 * seq_length * d,
+            up=2 * d * inner,
+            # vertical has two mixing products of inner/2 units a side, horizontal two of all units: the same work
+            mixing=2 * 2 * heads * inner,
+            down=2 * d * inner + 2 * d * experts,
+            router=2 * d * 2 * heads * experts,
+            head=2 * d * config.vocab_size,
+        )
+
+    @property
+    def layer(self) -> float:
+        """One layer, without its router."""
+        return self.projections + self.attention + self.up + self.mixing + self.down
+
+
+def forward_flops_per_token(config: MonetConfig, seq_length: int) -> float:
+    """Dense forward FLOPs of one token: see :class:`ForwardFlops`.
+
+    Within 0.5% of the paper's Table 8 for the 1.4B (6745.30 TFLOP for 2^21 tokens; 8017.81 with a router in every
+    layer).
+    """
+    flops = ForwardFlops.of(config, seq_length)
+    return config.num_hidden_layers * flops.layer + len(config.router_layers) * flops.router + flops.head
 
 
 def training_flops_per_token(config: MonetConfig, seq_length: int) -> float:
     """Forward and backward: three times the forward work, recomputation not counted."""
     return 3 * forward_flops_per_token(config, seq_length)
+
+
+@dataclass(frozen=True)
+class WorkDone:
+    """What a run's implementation leaves out of the dense work of a training step, and what it does twice."""
+
+    rows_skipped: bool  # up and down products of active half-experts only (native kernels, CPU)
+    mixing_skipped: bool  # mixing, output bias of active half-experts only (native kernels)
+    causal: bool  # attention kernels skip what is masked (no resets at document borders)
+    recompute: bool  # layers run forward once more
+
+    def flops_per_token(self, config: MonetConfig, seq_length: int, active: Sequence[Sequence[float]]) -> float:
+        """FLOPs that a training step does for one token.
+
+        Args:
+            active: for every router, the half-experts of each side that a token uses in at least one head.
+        """
+        dense, d = ForwardFlops.of(config, seq_length), config.hidden_size
+        passes = 4 if self.recompute else 3
+        total = 3 * dense.head
+        for layer in range(config.num_hidden_layers):
+            one, two = (side / config.moe_experts for side in active[layer // config.moe_groups])
+            both = (one + two) / 2
+            up, down = (one, two) if config.moe_decompose == "horizontal" else (both, both)
+            bias = 2 * d * config.moe_experts
+            total += passes * (
+                dense.projections
+                + dense.attention / (2 if self.causal else 1)
+                + dense.up * (up if self.rows_skipped else 1)
+                + dense.mixing * (both if self.mixing_skipped else 1)
+                + (dense.down - bias) * (down if self.rows_skipped else 1)
+                + bias * (down if self.mixing_skipped else 1)
+            )
+            if config.has_router(layer):
+                # Where rows are skipped, only active logits have a gradient: about one for each active half-expert.
+                share = both / config.moe_heads if self.rows_skipped else 1
+                total += dense.router * (passes - 2 + 2 * share)
+        return total
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -22,19 +21,11 @@ from monet_train.training.engine import gradient_norm, set_learning_rate
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """What one optimizer step takes, for the speed figures."""
-
-    tokens: int  # over all ranks
-    flops: float  # dense model FLOPs, forward and backward, over all ranks
-    peak_flops: float | None  # of all devices together
-
-
 class Trainer:
     """Runs optimizer steps over a DeepSpeed engine; everything else is a callback.
 
-    ``objective`` maps a model output to the scalar to differentiate and a vector of ``metrics``.
+    ``objective`` maps a model output to the scalar to differentiate and a vector of ``metrics``. A step takes
+    ``step_tokens`` tokens over all ranks.
     """
 
     def __init__(
@@ -45,7 +36,7 @@ class Trainer:
         batches: MicroBatches,
         learning_rate: Callable[[int], float],
         total_steps: int,
-        cost: StepCost,
+        step_tokens: int,
         topology: Topology,
         callbacks: Sequence[Callback],
         resources: ExitStack,
@@ -56,7 +47,7 @@ class Trainer:
         self.batches = batches
         self.learning_rate = learning_rate
         self.total_steps = total_steps
-        self.cost = cost
+        self.step_tokens = step_tokens
         self.topology = topology
         self.callbacks = list(callbacks)
         self.step = 0  # optimizer steps done
@@ -141,15 +132,13 @@ class Trainer:
             )
 
     def _record(self, means: list[float], rate: float, norm: float, seconds: float, waited: float) -> Record:
-        peak = self.cost.peak_flops
         return {
             "step": self.step,
-            "tokens": self.step * self.cost.tokens,
+            "tokens": self.step * self.step_tokens,
             **dict(zip(self.metrics, means, strict=True)),
             "lr": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
             "data_seconds": waited,
-            "tokens_per_second": self.cost.tokens / seconds,
-            "mfu": None if peak is None else self.cost.flops / seconds / peak,
+            "tokens_per_second": self.step_tokens / seconds,
         }

@@ -27,12 +27,13 @@ from monet_train.training.callbacks.metrics_file import MetricsFile
 from monet_train.training.callbacks.progress import Progress
 from monet_train.training.callbacks.routers import RouterMonitor
 from monet_train.training.callbacks.stop_signal import StopSignal
+from monet_train.training.callbacks.utilisation import Utilisation
 from monet_train.training.callbacks.wandb import Wandb
 from monet_train.training.checkpoint import CheckpointFolder, check_complete, find_resume
 from monet_train.training.checks import check_config, total_steps
 from monet_train.training.engine import build_engine
-from monet_train.training.flops import peak_flops, training_flops_per_token
-from monet_train.training.loop import StepCost, Trainer
+from monet_train.training.flops import WorkDone, peak_flops, training_flops_per_token
+from monet_train.training.loop import Trainer
 from monet_train.training.objective import METRICS, Objective
 from monet_train.training.optimizer import learning_rate
 from monet_train.training.run_folder import DATA_CACHE, check_run_folder, lock_run_folder, write_descriptions
@@ -87,9 +88,9 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         batches=batches,
         learning_rate=partial(learning_rate, peak=config.optimizer.lr, total=steps, schedule=config.schedule),
         total_steps=steps,
-        cost=_step_cost(config, device, launch.world_size),
+        step_tokens=config.train.global_batch_size * config.train.seq_length,
         topology=topology,
-        callbacks=_callbacks(config, launch, folder, steps, corpus, topology, checkpoints),
+        callbacks=_callbacks(config, launch, device, folder, steps, corpus, topology, checkpoints),
         resources=resources,
     )
     if resume:
@@ -173,19 +174,27 @@ def _micro_batches(dataset: Any, sequences: int, config: TrainConfig, topology: 
     )
 
 
-def _step_cost(config: TrainConfig, device: torch.device, world_size: int) -> StepCost:
-    tokens = config.train.global_batch_size * config.train.seq_length
-    peak = peak_flops(device, config.train.precision)
-    return StepCost(
-        tokens=tokens,
-        flops=tokens * training_flops_per_token(config.model, config.train.seq_length),
-        peak_flops=None if peak is None else peak * world_size,
+def work_done(config: TrainConfig, device: torch.device) -> WorkDone:
+    """What the implementation that will run on ``device`` really does of the dense work."""
+    native = kernels.is_native(config.kernels, device)
+    return WorkDone(
+        rows_skipped=native and device.type == "cpu",
+        mixing_skipped=native,
+        causal=not config.data.reset_attention,
+        recompute=config.train.recompute,
     )
+
+
+def _utilisation(config: TrainConfig, device: torch.device, world_size: int) -> Utilisation:
+    peak = peak_flops(device, config.train.precision)
+    all_peaks = None if peak is None else peak * world_size
+    return Utilisation(config.model, config.train.seq_length, work_done(config, device), all_peaks)
 
 
 def _callbacks(
     config: TrainConfig,
     launch: Launch,
+    device: torch.device,
     folder: Path,
     steps: int,
     corpus: Corpus,
@@ -193,8 +202,8 @@ def _callbacks(
     checkpoints: CheckpointFolder,
 ) -> list[Callback]:
     """In the order they are called: what adds to the record, what writes it, what evaluates, what saves."""
-    routers = [layer for layer in range(config.model.num_hidden_layers) if config.model.has_router(layer)]
-    callbacks: list[Callback] = [StopSignal(), RouterMonitor(routers, config.model.moe_experts)]
+    routers = RouterMonitor(list(config.model.router_layers), config.model.moe_experts)
+    callbacks: list[Callback] = [StopSignal(), routers, _utilisation(config, device, launch.world_size)]
     if launch.is_main:
         callbacks.append(MetricsFile(folder / "metrics.jsonl"))
         if config.logging.wandb.mode != "disabled":

@@ -11,13 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from monet_train.config import ScheduleConfig, TrainConfig
 from monet_train.configuration import compose
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.launch import Launch
 from monet_train.training.checks import check_config, total_steps
-from monet_train.training.flops import forward_flops_per_token, training_flops_per_token
+from monet_train.training.flops import WorkDone, forward_flops_per_token, training_flops_per_token
 from monet_train.training.optimizer import learning_rate
 from tests.conftest import REPOSITORY
 
@@ -86,6 +88,47 @@ def test_work_is_the_papers(groups: int, teraflop: float) -> None:
     assert training_flops_per_token(config.model, 2048) == 3 * forward
     horizontal = replace(config.model, moe_decompose="horizontal")
     assert forward_flops_per_token(horizontal, 2048) == pytest.approx(forward, rel=0.02)
+
+
+@pytest.mark.parametrize("form", ["vertical", "horizontal"])
+def test_dense_work_is_what_the_plain_definition_does(form: str) -> None:
+    config = replace(composed("model=nano", f"model.moe_decompose={form}").model, num_hidden_layers=4, moe_groups=2)
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    model = MonetForCausalLM(config)
+    for router in model.model.routers():
+        router.implementation = "plain"
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, targets=tokens, keep_logits=False)
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(forward_flops_per_token(config, 64), rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["vertical", "horizontal"])
+def test_work_done(form: str) -> None:
+    config = composed("model=1.4b", f"model.moe_decompose={form}").model
+    dense = training_flops_per_token(config, 2048)
+    everything, nothing = ([[share * config.moe_experts] * 2 for _ in config.router_layers] for share in (1.0, 0.0))
+
+    def done(active: list[list[float]], **skipped: bool) -> float:
+        flags = dict.fromkeys(("rows_skipped", "mixing_skipped", "causal", "recompute"), False) | skipped
+        return WorkDone(**flags).flops_per_token(config, 2048, active)
+
+    assert done(nothing) == pytest.approx(dense)  # the plain definition
+    assert done(everything, mixing_skipped=True) == pytest.approx(dense)
+    assert done(nothing, recompute=True) == pytest.approx(4 / 3 * dense - 2 * config.hidden_size * config.vocab_size)
+    assert done(nothing, causal=True) == pytest.approx(dense - 3 * 24 * 2 * 2048 * config.hidden_size)
+    rows = 24 * 2 * 2 * config.hidden_size * config.moe_experts * config.moe_dim  # up and down
+    bias = 24 * 2 * config.hidden_size * config.moe_experts
+    mixing = 24 * 4 * config.moe_heads * config.moe_experts * config.moe_dim
+    routers = 6 * 2 * config.hidden_size * 2 * config.moe_heads * config.moe_experts
+    assert done(nothing, mixing_skipped=True) == pytest.approx(dense - 3 * (mixing + bias))
+    sparse = done(nothing, mixing_skipped=True, rows_skipped=True)
+    assert sparse == pytest.approx(dense - 3 * (rows + mixing + bias) - 2 * routers)
+    # the input weights of the horizontal form are of side 1, the output weights and biases of side 2
+    one = [[config.moe_experts, 0.0] for _ in config.router_layers]
+    other = [[0.0, config.moe_experts] for _ in config.router_layers]
+    skipped = {"mixing_skipped": True, "rows_skipped": True}
+    difference = done(other, **skipped) - done(one, **skipped)
+    assert difference == pytest.approx(3 * bias if form == "horizontal" else 0.0)
 
 
 def test_learning_rate() -> None:

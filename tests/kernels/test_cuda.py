@@ -16,13 +16,14 @@ from torch import Tensor
 from monet_train import kernels
 from tests.conftest import REPOSITORY
 from tests.kernels import cuda_emulation, test_experts, test_masks
-from tests.kernels.conftest import Backend
+from tests.kernels.conftest import BACKENDS, Backend
 
 SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found on the PATH")
+@pytest.mark.skipif(NVCC is None, reason="nvcc found neither on the PATH nor in CUDA_HOME")
 def test_compiles_without_a_warning(tmp_path: Path) -> None:
     """For every architecture, without a GPU. Optimisation is left out: it finds no further warnings."""
     flags = [
@@ -36,7 +37,7 @@ def test_compiles_without_a_warning(tmp_path: Path) -> None:
 
     def messages(source: Path) -> str:
         target = tmp_path / f"{source.stem}.o"
-        compiled = subprocess.run(["nvcc", *flags, "-c", source, "-o", target], capture_output=True, text=True)
+        compiled = subprocess.run([NVCC, *flags, "-c", source, "-o", target], capture_output=True, text=True)
         assert target.exists() == (compiled.returncode == 0)
         return compiled.stdout + compiled.stderr
 
@@ -106,6 +107,13 @@ def test_same_bits_whatever_the_order_of_threads(run: Callable[[], list[Tensor |
         emulation.run_backwards(False)
     for a, b in zip(forwards, backwards, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
+def test_more_half_experts_than_shared_memory_holds(backend: Backend) -> None:
+    z = torch.zeros(1, 1, 60_000, device=backend.device)
+    with pytest.raises(RuntimeError, match=r"shared memory a block, .* use fewer half-experts"):
+        kernels.route(z, torch.zeros(1, device=backend.device), "native")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

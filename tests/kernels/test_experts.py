@@ -279,6 +279,25 @@ def test_dense_gates_take_the_definition() -> None:
     torch.testing.assert_close(native, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_fp16_takes_the_definition(layer: str) -> None:
+    case = make(layer, Shape(), torch.float16)
+    x, *weights = (tensor.half() for tensor in (case.x, *case.weights))
+    half = Case(layer, [z.float() for z in case.z], case.threshold, x, weights)
+    outputs = [half.output(implementation) for implementation in ("native", "plain")]
+    assert outputs[0].dtype == torch.float16
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    torch.testing.assert_close(outputs[0].double(), case.output("plain"), rtol=0, atol=2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_on_another_device_are_refused() -> None:
+    case = make("vertical", Shape(), torch.float32).copy(torch.float32, torch.device("cuda"))
+    case.weights[4] = case.weights[4].detach().cpu()
+    with pytest.raises(RuntimeError, match="v is on cpu, other tensors on cuda"):
+        case.output("native")
+
+
 def test_sizes_that_do_not_fit_are_refused(backend: Backend) -> None:
     case = make("vertical", Shape(), torch.float32).copy(torch.float32, backend.device)
     case.weights[4] = case.weights[4][:, :-1]

@@ -204,5 +204,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(kernels.route(found.z.float(), found.threshold.float()), DenseGates)
     with pytest.raises(UserError, match=r"kernels=native cannot run here \(not built\)"):
         kernels.route(found.z, found.threshold, "native")
+    with pytest.raises(UserError, match=r"kernels=native cannot run here \(not built\)"):
+        kernels.describe("native", "cpu")
     assert "not built" in kernels.describe("auto", "cpu")
     torch.testing.assert_close(kernels.head_moments(found.z.float()), plain.head_moments(found.z.float()))

@@ -101,7 +101,7 @@ def free_port() -> int:
 def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that have ``key``, without their timings."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timings = ("step_seconds", "data_seconds", "tokens_per_second", "mfu")
+    timings = ("step_seconds", "data_seconds", "tokens_per_second", "mfu", "hfu")
     return [{k: v for k, v in line.items() if k not in timings} for line in lines if key in line]
 
 

@@ -23,6 +23,8 @@ class Progress(Callback):
 
     def on_step(self, trainer, record: Record) -> None:
         shown = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+        if record["mfu"] is not None:
+            shown += f"  mfu {record['mfu']:.0%}"
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix_str(shown, refresh=False)
