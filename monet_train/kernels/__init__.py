@@ -62,7 +62,7 @@ def is_native(implementation: str, device: torch.device) -> bool:
         return False
     reason = _why_not_native(device)
     if implementation == "native" and reason is not None:
-        raise UserError(f"kernels=native cannot run here ({reason}); use kernels=auto or kernels=plain")
+        raise UserError(f"kernels=native cannot run here ({reason}): build them, or use kernels=auto or plain")
     return reason is None
 
 
