@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,12 +47,21 @@ class Part:
     files: tuple[FileEntry, ...] = ()
     stream: int = 0  # hub: number of the dataset's shard
     streams: int = 1
+    version: str = ""  # hub: a hash over the dataset's data files, whose addresses name the commit
 
     def identity(self) -> list[Any]:
         """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
         if self.kind == "hub":
             source = self.source
-            return [source.source, source.config, source.data_dir, source.split, self.stream, self.streams]
+            return [
+                source.source,
+                source.config,
+                source.data_dir,
+                source.split,
+                self.stream,
+                self.streams,
+                self.version,
+            ]
         return [Path(self.path).name, self.size, len(self.files)]
 
 
@@ -143,8 +153,15 @@ def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
 
 
 def _hub_parts(source: Source) -> list[Part]:
-    streams = open_hub(source).num_shards
-    return [Part("hub", source, source.source, stream=i, streams=streams) for i in range(streams)]
+    streams, version = open_hub(source).num_shards, _version(source)
+    return [Part("hub", source, source.source, stream=i, streams=streams, version=version) for i in range(streams)]
+
+
+def _version(source: Source) -> str:
+    """A hash over the data files that a dataset's name stands for today."""
+    files = (_builder(source).config.data_files or {}).get(source.split, [])
+    told = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def open_hub(source: Source) -> Any:
@@ -153,9 +170,8 @@ def open_hub(source: Source) -> Any:
     Raises:
         UserError: it cannot be opened.
     """
-    name = source.source.removeprefix("hf:")
     try:
-        return _load_hub(name, source.config, source.data_dir, source.split, source.revision)
+        return _builder(source).as_streaming_dataset(split=source.split)
     except Exception as error:  # the hub's clients raise dozens of kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -164,9 +180,13 @@ def open_hub(source: Source) -> Any:
         ) from None
 
 
-@lru_cache(maxsize=128)
-def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> Any:
+def _builder(source: Source) -> Any:
+    return _load_builder(source.source.removeprefix("hf:"), source.config, source.data_dir, source.revision)
+
+
+@lru_cache(maxsize=128)  # the hub is asked once: what it answers holds for all streams of a run
+def _load_builder(name: str, config: str | None, data_dir: str | None, revision: str | None) -> Any:
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, and we say in one line
-    return datasets.load_dataset(name, config, data_dir=data_dir, split=split, revision=revision, streaming=True)
+    return datasets.load_dataset_builder(name, config, data_dir=data_dir, revision=revision)

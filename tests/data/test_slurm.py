@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,52 @@ from tests.data.conftest import REPOSITORY, documents_of, text_of
 
 DEADLINE_SECONDS = 240
 
+Submit = Callable[..., str]
 
-@pytest.mark.distributed
-def test_an_array_prepares_and_merges(slurm: dict[str, str], jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+
+@pytest.fixture
+def submit(slurm: dict[str, str], tmp_path: Path) -> Submit:
+    """Submits an array of two, waits until it and its merge have left the queue, and gives back what they wrote."""
     command = tmp_path / "bin" / "monet-data"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nPYTHONPATH="{REPOSITORY}" exec "{sys.executable}" -m data_prep "$@"\n')
     command.chmod(0o755)
+    environment = {**slurm, "PATH": f"{command.parent}:{slurm['PATH']}"}
+
+    def run(*arguments: object) -> str:
+        sbatch = ["sbatch", "--array=0-1", "--cpus-per-task=1", REPOSITORY / "slurm/prepare_data.sh"]
+        subprocess.run(list(map(str, [*sbatch, *arguments])), check=True, cwd=tmp_path, env=environment)
+        names = ["squeue", "--noheader", "--format=%j", "--name=monet-data,monet-merge"]
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while queue := subprocess.run(names, check=True, env=environment, capture_output=True, text=True).stdout:
+            assert time.monotonic() < deadline, queue
+            time.sleep(1)
+        return "\n".join(path.read_text() for path in sorted(tmp_path.glob("slurm-*.log")))
+
+    return run
+
+
+@pytest.mark.distributed
+def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    subprocess.run(
-        ["sbatch", "--array=0-1", "--cpus-per-task=1", REPOSITORY / "slurm/prepare_data.sh", jsonl / "*.jsonl",
-         "--tokenizer", tokenizer.path, "--out", out],
-        check=True, cwd=tmp_path, env={**slurm, "PATH": f"{command.parent}:{slurm['PATH']}"},
-    )  # fmt: skip
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not (out / "manifest.json").exists() and time.monotonic() < deadline:
-        time.sleep(1)
-    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("slurm-*.log")))
+    logs = submit(jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out)
     assert (out / "manifest.json").exists(), logs
     assert verify(out)[1] == []
     assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]
     assert {path.name for path in out.glob("*.bin")} == {"shard-0000-00000.bin", "shard-0001-00000.bin"}
+
+
+@pytest.mark.distributed
+def test_a_task_that_fails_is_not_merged(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The merge leaves the queue; the same command goes on when the cause is mended."""
+    with sorted(jsonl.glob("*.jsonl"))[-1].open("a") as stream:
+        stream.write("no JSON\n")
+    out = tmp_path / "out"
+    command = (jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out)
+    logs = submit(*command, "--max-bad-share", "0")
+    assert logs.count("error: ") == 1 and "raise --max-bad-share" in logs
+    assert not (out / "manifest.json").exists() and (out / "shard-0000-00000.bin").exists()
+    logs = submit(*command, "--max-bad-share", "0.5")
+    assert (out / "manifest.json").exists(), logs
+    assert verify(out)[1] == []
+    assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]

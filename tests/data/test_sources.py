@@ -208,6 +208,9 @@ def test_the_recipe_of_fineweb_edu_reads_a_dataset_laid_out_like_it(data, tokeni
         assert documents_of(out, tokenizer) == [text_of(i) for i in range(40)]
     labels = Manifest.read(tmp_path / "a").shards[0].labels
     assert [list(labels[name]) for name in LABELS] == [["en"], ["web"], ["CC-MAIN-2013-20"]]
+    (hub / "sample/100BT/000_00000.parquet").write_bytes((hub / "sample/100BT/020_00000.parquet").read_bytes() + b" ")
+    status, _, err = data("shards", by_name, "--tokenizer", tokenizer.path, "--out", tmp_path / "b")
+    assert status == 2 and "source files were added, removed or changed since" in err
     status, _, err = data("shards", f"hf:{hub}:sample-10BT", "--tokenizer", tokenizer.path, "--out", tmp_path / "c")
     assert status == 2 and err.count("\n") == 1 and "sample-10BT" in err and "cannot be opened" in err
 
