@@ -76,13 +76,17 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
     assert np.array_equal(index.pointers, reference.index.sequence_pointers)
 
 
-def test_preparing_does_not_import_torch() -> None:
-    """Its import, and Megatron's, take longer than to tokenize a hundred megabytes."""
+def test_preparing_does_not_import_torch(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Its import, and Megatron's, take longer than to tokenize a hundred megabytes; that of pandas, ten."""
     program = (
-        "import sys, data_prep.__main__, data_prep.shards, data_prep.verify, data_prep.info\n"
-        "sys.exit(bool({'torch', 'megatron', 'datasets', 'transformers'} & set(sys.modules)))"
+        "import sys, data_prep.verify, data_prep.info\n"
+        "from data_prep.__main__ import main\n"
+        "main()\n"
+        "sys.exit(bool({'torch', 'megatron', 'datasets', 'transformers', 'pandas'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
+    arguments = ["shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path / "out"]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
 
 
 def test_labels_lie_beside_the_shards(shards: Path) -> None:
