@@ -296,7 +296,7 @@ def _packed(path: str) -> bool:
 
 
 def _read_hub(part: Part) -> Iterator[Chunk]:
-    stream = open_hub(part.source).shard(num_shards=part.streams, index=part.stream)
+    stream = open_hub(part.source).stream.shard(num_shards=part.streams, index=part.stream)
     rows: list[dict[str, Any]] = []
     first = 1
     wanted = part.source.columns

@@ -44,7 +44,7 @@ def open_raw(path: str) -> Any:
         if path.endswith(".zst"):  # for its decompressor, which calls a file of Python's back for every block
             import pyarrow
 
-            return pyarrow.OSFile(path)
+            return pyarrow.OSFile(os.fsencode(path))
         return Path(path).open("rb")
     except (OSError, ImportError, ValueError) as error:
         raise unreadable(path, error) from None
@@ -65,7 +65,8 @@ def decompress(raw: Any, path: str) -> Any:
 
 def unreadable(path: str, error: BaseException) -> UserError:
     """The one line for a source that cannot be (wholly) read."""
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    reason = os.strerror(number) if number else str(error) or type(error).__name__
     if isinstance(error, EOFError | lzma.LZMAError | zlib.error) or "runcated" in reason:
         reason = f"cut short or damaged: {reason}"
     return UserError(

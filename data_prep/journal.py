@@ -90,10 +90,23 @@ def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
     """The one line for a folder that belongs to another corpus; names what differs."""
     differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
     changed = ", because source files were added, removed or changed since" * ("files" in differing)
+    before, now = _versions(there), _versions(asked)
+    for name, version in before.items():
+        if now.get(name, version) != version and version.startswith("commit "):
+            commit = version.removeprefix("commit ")
+            return UserError(
+                f"{folder} was begun with {version} of {name}, which is now at {now[name]}: give `revision: {commit}` "
+                "in the recipe to go on, or choose another --out for the new one"
+            )
     return UserError(
         f"{folder} belongs to another corpus (differs in: {', '.join(differing)}{changed}): "
         f"choose another --out, or delete it (rm -r {folder}) and run the command again"
     )
+
+
+def _versions(recipe: dict[str, Any]) -> dict[str, str]:
+    """The version of each hub dataset."""
+    return {identity[0]: identity[-1] for identity in recipe.get("files", []) if identity[0].startswith("hf:")}
 
 
 @contextlib.contextmanager

@@ -53,10 +53,13 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What decides the shards' bytes: equal descriptions give equal shards.
 
-        Neither the folders' names nor the workers.
+        Neither the folders' names nor the workers; the revision that is asked for is in the files' identity.
         """
+        kept = [
+            {**asdict(source), "source": Path(source.source).name, "revision": None} for source in self.recipe.sources
+        ]
         return {
-            "sources": [{**asdict(source), "source": Path(source.source).name} for source in self.recipe.sources],
+            "sources": kept,
             "files": [part.identity() for part in self.parts],
             "max_documents": self.recipe.max_documents,
             "max_bytes": self.recipe.max_bytes,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.files import is_remote, suffix_of
 from data_prep.installed import installed_files
@@ -47,7 +48,7 @@ class Part:
     files: tuple[FileEntry, ...] = ()
     stream: int = 0  # hub: number of the dataset's shard
     streams: int = 1
-    version: str = ""  # hub: a hash over the dataset's data files, whose addresses name the commit
+    version: str = ""  # hub: see HubDataset
 
     def identity(self) -> list[Any]:
         """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
@@ -153,25 +154,29 @@ def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
 
 
 def _hub_parts(source: Source) -> list[Part]:
-    streams, version = open_hub(source).num_shards, _version(source)
-    return [Part("hub", source, source.source, stream=i, streams=streams, version=version) for i in range(streams)]
+    dataset = open_hub(source)
+    streams = dataset.stream.num_shards
+    return [
+        Part("hub", source, source.source, stream=i, streams=streams, version=dataset.version) for i in range(streams)
+    ]
 
 
-def _version(source: Source) -> str:
-    """A hash over the data files that a dataset's name stands for today."""
-    files = (_builder(source).config.data_files or {}).get(source.split, [])
-    told = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+class HubDataset(NamedTuple):
+    """A Hugging Face dataset as a stream."""
+
+    stream: Any  # datasets.IterableDataset
+    version: str  # "commit SHA" of the hub, "files HASH" of a folder
 
 
-def open_hub(source: Source) -> Any:
-    """A Hugging Face dataset as a stream.
+def open_hub(source: Source) -> HubDataset:
+    """Open a dataset of the hub, or a local folder that is laid out like one.
 
     Raises:
         UserError: it cannot be opened.
     """
+    name = source.source.removeprefix("hf:")
     try:
-        return _builder(source).as_streaming_dataset(split=source.split)
+        return _load_hub(name, source.config, source.data_dir, source.split, source.revision)
     except Exception as error:  # the hub's clients raise dozens of kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -180,13 +185,22 @@ def open_hub(source: Source) -> Any:
         ) from None
 
 
-def _builder(source: Source) -> Any:
-    return _load_builder(source.source.removeprefix("hf:"), source.config, source.data_dir, source.revision)
-
-
-@lru_cache(maxsize=128)  # the hub is asked once: what it answers holds for all streams of a run
-def _load_builder(name: str, config: str | None, data_dir: str | None, revision: str | None) -> Any:
+@lru_cache(maxsize=128)  # what the hub answers at first holds for all streams of a run
+def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> HubDataset:
     import datasets
 
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, and we say in one line
-    return datasets.load_dataset_builder(name, config, data_dir=data_dir, revision=revision)
+    if (Path(name) / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+        raise ValueError("the folder was made by save_to_disk: write the dataset with to_parquet and give those files")
+    builder = datasets.load_dataset_builder(name, config, data_dir=data_dir, revision=revision)
+    files = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
+    return HubDataset(builder.as_streaming_dataset(split=split), _version(files))
+
+
+def _version(files: list[str]) -> str:
+    """What a dataset's name stands for today. Addresses on the hub name the commit."""
+    commits = {found[1] for file in files if (found := re.search(r"^hf://[^@]+@([0-9a-f]{40})/", file))}
+    if len(commits) == 1:
+        return f"commit {commits.pop()}"
+    told = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    return "files " + hashlib.sha256("\n".join(told).encode()).hexdigest()

@@ -38,15 +38,18 @@ template <class... Parameters, class... Arguments>
 void launch(Stream stream, const Grid& grid, void (*kernel)(Parameters...), Arguments... arguments) {
   if (grid.blocks == 0 || grid.rows == 0) return;
   constexpr size_t without_asking = 48 << 10;
-  if (grid.shared > without_asking &&
-      cudaFuncSetAttribute(
-          reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-          static_cast<int>(grid.shared)) != cudaSuccess) {
-    cudaGetLastError();  // is told here, and would be taken for the next call's
-    throw std::runtime_error(
-        "an expert kernel needs " + std::to_string(grid.shared) +
-        " bytes of shared memory a block, more than this GPU has: use fewer half-experts (model.moe_experts) or "
-        "kernels=plain");
+  if (grid.shared > without_asking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        static_cast<int>(grid.shared));
+    if (error == cudaErrorInvalidValue) {
+      cudaGetLastError();  // is told here, and would be taken for the next call's
+      throw std::runtime_error(
+          "an expert kernel needs " + std::to_string(grid.shared) +
+          " bytes of shared memory a block, more than this GPU has: use fewer half-experts (model.moe_experts) or "
+          "kernels=plain");
+    }
+    check(error);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.rows));

@@ -26,7 +26,7 @@ BF16_PEAKS = {
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Dense forward FLOPs of one token, by part; the first five are those of one layer.
+    """Dense forward FLOPs of one token, by part; all but the last two are those of one layer.
 
     Dense is the architecture's work, whatever a sparse kernel skips; attention is counted full, not causal.
     """
@@ -35,7 +35,8 @@ class ForwardFlops:
     attention: float
     up: float  # x to the half-experts' hidden units
     mixing: float  # hidden units with gates
-    down: float  # and back, with the output bias
+    down: float  # and back
+    bias: float  # of the output: gates with a row for each half-expert
     router: float
     head: float
 
@@ -50,7 +51,8 @@ class ForwardFlops:
             up=2 * d * inner,
             # vertical has two mixing products of inner/2 units a side, horizontal two of all units: the same work
             mixing=2 * 2 * heads * inner,
-            down=2 * d * inner + 2 * d * experts,
+            down=2 * d * inner,
+            bias=2 * d * experts,
             router=2 * d * 2 * heads * experts,
             head=2 * d * config.vocab_size,
         )
@@ -58,7 +60,7 @@ class ForwardFlops:
     @property
     def layer(self) -> float:
         """One layer, without its router."""
-        return self.projections + self.attention + self.up + self.mixing + self.down
+        return self.projections + self.attention + self.up + self.mixing + self.down + self.bias
 
 
 def forward_flops_per_token(config: MonetConfig, seq_length: int) -> float:
@@ -78,12 +80,13 @@ def training_flops_per_token(config: MonetConfig, seq_length: int) -> float:
 
 @dataclass(frozen=True)
 class WorkDone:
-    """What a run's implementation leaves out of the dense work of a training step, and what it does twice."""
+    """What a run leaves out of the dense work of a training step, and what it does more than once."""
 
-    rows_skipped: bool  # up and down products of active half-experts only (native kernels, CPU)
-    mixing_skipped: bool  # mixing, output bias of active half-experts only (native kernels)
+    rows_skipped: bool  # up, down and output bias of active half-experts only (native kernels, CPU)
+    mixing_skipped: bool  # mixing of active half-experts only (native kernels)
     causal: bool  # attention kernels skip what is masked (no resets at document borders)
     recompute: bool  # layers run forward once more
+    copies: int  # tensor-parallel ranks: each does routers and output biases whole
 
     def flops_per_token(self, config: MonetConfig, seq_length: int, active: Sequence[Sequence[float]]) -> float:
         """FLOPs that a training step does for one token.
@@ -91,26 +94,24 @@ class WorkDone:
         Args:
             active: for every router, the half-experts of each side that a token uses in at least one head.
         """
-        dense, d = ForwardFlops.of(config, seq_length), config.hidden_size
+        dense = ForwardFlops.of(config, seq_length)
         passes = 4 if self.recompute else 3
         total = 3 * dense.head
         for layer in range(config.num_hidden_layers):
             one, two = (side / config.moe_experts for side in active[layer // config.moe_groups])
             both = (one + two) / 2
             up, down = (one, two) if config.moe_decompose == "horizontal" else (both, both)
-            bias = 2 * d * config.moe_experts
             total += passes * (
                 dense.projections
                 + dense.attention / (2 if self.causal else 1)
                 + dense.up * (up if self.rows_skipped else 1)
                 + dense.mixing * (both if self.mixing_skipped else 1)
-                + (dense.down - bias) * (down if self.rows_skipped else 1)
-                + bias * (down if self.mixing_skipped else 1)
+                + (dense.down + self.copies * dense.bias) * (down if self.rows_skipped else 1)
             )
             if config.has_router(layer):
                 # Where rows are skipped, only active logits have a gradient: about one for each active half-expert.
                 share = both / config.moe_heads if self.rows_skipped else 1
-                total += dense.router * (passes - 2 + 2 * share)
+                total += self.copies * dense.router * (passes - 2 + 2 * share)
         return total
 
 

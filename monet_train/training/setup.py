@@ -135,7 +135,7 @@ def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dic
 
 
 def _check_inputs(config: TrainConfig, folder: Path, device: torch.device) -> Path | None:
-    kernels.describe(config.kernels, device)  # refuses native kernels that cannot run
+    kernels.is_native(config.kernels, device)  # refuses native kernels that cannot run
     check_shards(config.data, config.model.vocab_size)
     check_run_folder(folder, config)
     return find_resume(config.checkpoint.resume, folder / "checkpoints")
@@ -182,6 +182,7 @@ def work_done(config: TrainConfig, device: torch.device) -> WorkDone:
         mixing_skipped=native,
         causal=not config.data.reset_attention,
         recompute=config.train.recompute,
+        copies=config.parallel.tensor,
     )
 
 

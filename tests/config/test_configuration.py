@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from monet_train.config import ScheduleConfig, TrainConfig
 from monet_train.configuration import compose
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.launch import Launch
+from monet_train.training.callbacks.utilisation import Utilisation
 from monet_train.training.checks import check_config, total_steps
-from monet_train.training.flops import WorkDone, forward_flops_per_token, training_flops_per_token
+from monet_train.training.flops import ForwardFlops, WorkDone, forward_flops_per_token, training_flops_per_token
 from monet_train.training.optimizer import learning_rate
 from tests.conftest import REPOSITORY
 
@@ -108,9 +110,9 @@ def test_work_done(form: str) -> None:
     dense = training_flops_per_token(config, 2048)
     everything, nothing = ([[share * config.moe_experts] * 2 for _ in config.router_layers] for share in (1.0, 0.0))
 
-    def done(active: list[list[float]], **skipped: bool) -> float:
+    def done(active: list[list[float]], copies: int = 1, **skipped: bool) -> float:
         flags = dict.fromkeys(("rows_skipped", "mixing_skipped", "causal", "recompute"), False) | skipped
-        return WorkDone(**flags).flops_per_token(config, 2048, active)
+        return WorkDone(**flags, copies=copies).flops_per_token(config, 2048, active)
 
     assert done(nothing) == pytest.approx(dense)  # the plain definition
     assert done(everything, mixing_skipped=True) == pytest.approx(dense)
@@ -120,7 +122,8 @@ def test_work_done(form: str) -> None:
     bias = 24 * 2 * config.hidden_size * config.moe_experts
     mixing = 24 * 4 * config.moe_heads * config.moe_experts * config.moe_dim
     routers = 6 * 2 * config.hidden_size * 2 * config.moe_heads * config.moe_experts
-    assert done(nothing, mixing_skipped=True) == pytest.approx(dense - 3 * (mixing + bias))
+    assert done(nothing, mixing_skipped=True) == pytest.approx(dense - 3 * mixing)
+    assert done(nothing, copies=3) == pytest.approx(dense + 2 * 3 * (routers + bias))
     sparse = done(nothing, mixing_skipped=True, rows_skipped=True)
     assert sparse == pytest.approx(dense - 3 * (rows + mixing + bias) - 2 * routers)
     # the input weights of the horizontal form are of side 1, the output weights and biases of side 2
@@ -129,6 +132,26 @@ def test_work_done(form: str) -> None:
     skipped = {"mixing_skipped": True, "rows_skipped": True}
     difference = done(other, **skipped) - done(one, **skipped)
     assert difference == pytest.approx(3 * bias if form == "horizontal" else 0.0)
+
+
+def test_utilisation() -> None:
+    """Five layers in groups of two: three routers."""
+    config = replace(composed("model=nano").model, num_hidden_layers=5, moe_groups=2)
+    work = WorkDone(rows_skipped=True, mixing_skipped=True, causal=False, recompute=False, copies=1)
+    dense, everything = training_flops_per_token(config, 64), float(config.moe_experts)
+    record: dict[str, Any] = {f"router/{layer}/active": [everything] * 2 for layer in (0, 2, 4)}
+    record["tokens_per_second"] = 10.0
+    Utilisation(config, 64, work, peak_flops=40 * dense).on_step(None, record)
+    share = 2 * 2 * 3 * (1 - 1 / config.moe_heads) * config.hidden_size * 2 * config.moe_heads * config.moe_experts
+    assert record["mfu"] == pytest.approx(0.25)
+    assert record["flops_per_token"] == pytest.approx(dense - share)  # one logit of each half-expert has a gradient
+    assert record["hfu"] == pytest.approx(0.25 * record["flops_per_token"] / dense)
+    Utilisation(config, 64, work, peak_flops=None).on_step(None, record)
+    assert record["mfu"] is record["hfu"] is None
+    record["router/2/active"] = [0.0, 0.0]
+    Utilisation(config, 64, work, peak_flops=None).on_step(None, record)
+    fewer = 2 * 3 * (ForwardFlops.of(config, 64).up * 2 + ForwardFlops.of(config, 64).mixing)
+    assert dense - share - record["flops_per_token"] > fewer  # both layers of that router do less
 
 
 def test_learning_rate() -> None:

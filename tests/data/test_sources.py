@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -20,6 +21,7 @@ import data_prep.encode
 import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
+from data_prep import sources
 from data_prep.recipe import LABELS, load_recipe
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
@@ -208,11 +210,43 @@ def test_the_recipe_of_fineweb_edu_reads_a_dataset_laid_out_like_it(data, tokeni
         assert documents_of(out, tokenizer) == [text_of(i) for i in range(40)]
     labels = Manifest.read(tmp_path / "a").shards[0].labels
     assert [list(labels[name]) for name in LABELS] == [["en"], ["web"], ["CC-MAIN-2013-20"]]
-    (hub / "sample/100BT/000_00000.parquet").write_bytes((hub / "sample/100BT/020_00000.parquet").read_bytes() + b" ")
+    other = pyarrow.table({"text": ["another"], "id": ["a"], "dump": ["b"], "language": ["en"], "score": [1.0]})
+    pyarrow.parquet.write_table(other, hub / "sample/100BT/000_00000.parquet")
+    sources._load_hub.cache_clear()
     status, _, err = data("shards", by_name, "--tokenizer", tokenizer.path, "--out", tmp_path / "b")
     assert status == 2 and "source files were added, removed or changed since" in err
     status, _, err = data("shards", f"hf:{hub}:sample-10BT", "--tokenizer", tokenizer.path, "--out", tmp_path / "c")
     assert status == 2 and err.count("\n") == 1 and "sample-10BT" in err and "cannot be opened" in err
+
+
+def test_a_hub_dataset_that_moved_on(data, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
+    """Its new commit is not mixed with the old one, and the line tells how to go on with that."""
+    old, new = "a" * 40, "b" * 40
+    addresses = [f"hf://datasets/owner/name@{old}/data/{number}.parquet" for number in range(2)]
+    assert sources._version(addresses) == f"commit {old}"
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "data.jsonl").write_text('{"text": "a text"}\n')
+    load, head = sources._load_hub, [""]
+
+    def at_commit(name: str, config: str, data_dir: str, split: str, revision: str | None) -> sources.HubDataset:
+        return load(name, config, data_dir, split, None)._replace(version=f"commit {revision or head[-1]}")
+
+    monkeypatch.setattr(sources, "_load_hub", at_commit)
+    recipe = tmp_path / "recipe.yaml"
+    entry = {"source": f"hf:{tmp_path / 'hub'}"}
+    command = ("shards", recipe, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    for newest, revision, status in ((old, None, 0), (new, None, 2), (new, old, 0), (new, new, 2)):
+        head.append(newest)
+        recipe.write_text(yaml.safe_dump({"sources": [entry | ({"revision": revision} if revision else {})]}))
+        found, _, err = data(*command)
+        assert found == status, err
+        assert status == 0 or (f"`revision: {old}` in the recipe to go on" in err and err.count("\n") == 1)
+
+
+def test_a_folder_of_save_to_disk_is_refused(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a text"]}).save_to_disk(tmp_path / "saved")
+    status, _, err = data("shards", f"hf:{tmp_path / 'saved'}", "--tokenizer", tokenizer.path, "--out", tmp_path / "o")
+    assert status == 2 and "write the dataset with to_parquet" in err.splitlines()[-1]
 
 
 def test_the_recipe_of_starcoder_reads_a_dataset_laid_out_like_it(data, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -291,8 +291,9 @@ def test_fp16_takes_the_definition(layer: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_on_another_device_are_refused() -> None:
-    case = make("vertical", Shape(), torch.float32).copy(torch.float32, torch.device("cuda"))
+@pytest.mark.parametrize("backend", ["CUDA"], indirect=True)
+def test_weights_on_another_device_are_refused(backend: Backend) -> None:
+    case = make("vertical", Shape(), torch.float32).copy(torch.float32, backend.device)
     case.weights[4] = case.weights[4].detach().cpu()
     with pytest.raises(RuntimeError, match="v is on cpu, other tensors on cuda"):
         case.output("native")
