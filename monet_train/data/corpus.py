@@ -15,7 +15,7 @@ import torch
 
 from monet_train.data.megatron import helpers
 from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Piece, Sequence
-from monet_train.data.shards import Shard, ShardSet, check_vocabulary, data_paths, find_shards
+from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -297,6 +297,8 @@ def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
             f"data.path: {' and '.join(str(path) for path in hashes.values())} were made with different tokenizers: "
             "make them again with one tokenizer"
         )
+    for shard_set in sets:
+        check_tokenizer(shard_set)
     return sets
 
 

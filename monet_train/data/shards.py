@@ -119,6 +119,23 @@ def data_paths(path: Any) -> list[Path]:
     return paths
 
 
+def check_tokenizer(shard_set: ShardSet) -> None:
+    """Refuse a shard folder without the tokenizer that made it: every checkpoint gets a copy of that file.
+
+    Raises:
+        UserError: the file is missing, or another one than the manifest says.
+    """
+    if shard_set.manifest is None:
+        return
+    file = shard_set.path / shard_set.manifest.tokenizer.file
+    remedy = f"put the tokenizer there that made the shards ({MANIFEST_NAME} has its SHA-256)"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: {remedy}")
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != shard_set.manifest.tokenizer.sha256:
+            raise UserError(f"{file} is not the tokenizer that made the shards: {remedy}")
+
+
 def check_vocabulary(shard_set: ShardSet, vocab_size: int) -> None:
     """Refuse shards whose tokens do not fit a model of ``vocab_size``.
 

@@ -378,3 +378,13 @@ def test_shards_of_two_tokenizers_are_not_mixed(shards: Path, tmp_path: Path) ->
     other = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, sha256="0" * 64))
     (folder / "manifest.json").write_text(other.to_json())
     refused([str(shards), str(folder)], "different tokenizers")
+
+
+def test_another_tokenizer_beside_the_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+    """It would be copied into every checkpoint."""
+    folder = broken(shards, tmp_path)
+    file = folder / "tokenizer.model"
+    file.write_bytes(file.read_bytes() + b"?")
+    refused(str(folder), "tokenizer.model is not the tokenizer that made the shards: put")
+    file.unlink()
+    refused(str(folder), "tokenizer.model is missing: put")
