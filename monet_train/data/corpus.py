@@ -297,8 +297,18 @@ def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
             f"data.path: {' and '.join(str(path) for path in hashes.values())} were made with different tokenizers: "
             "make them again with one tokenizer"
         )
+    owners: dict[Path, Path] = {}
     for shard_set in sets:
         check_tokenizer(shard_set)
+        for shard in shard_set.shards:
+            # Its documents would have two numbers, of which one may be trained and the other held out.
+            file = shard.bin.resolve()
+            if file in owners:
+                raise UserError(
+                    f"data.path: {owners[file]} and {shard_set.path} both name the shard {shard.prefix}: name it once, "
+                    "and raise its weight in data.weights if it should be read more often"
+                )
+            owners[file] = shard_set.path
     return sets
 
 

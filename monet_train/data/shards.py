@@ -116,6 +116,9 @@ def data_paths(path: Any) -> list[Path]:
         raise UserError(f"data.path={path!r}: give a shard folder, a shard prefix or a list of them") from None
     if not paths or str(path) == "???":
         raise UserError("data.path is not set: give a folder made by `monet-data shards`, data.path=FOLDER")
+    for entry in entries:
+        if "://" in str(entry):
+            raise UserError(f"data.path: {entry} is an address, shards are memory-mapped: copy them to a file system")
     return paths
 
 

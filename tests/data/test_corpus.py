@@ -361,6 +361,7 @@ def test_paths_and_weights_that_make_no_sense_are_refused(shards: Path, tmp_path
     refused(str(tmp_path), "no shards in")
     refused("???", "data.path is not set")
     refused(None, "data.path=None")
+    refused("memory://bucket/corpus", "memory://bucket/corpus is an address")
     refused(str(shards), "data.weights has 2 numbers for 1 paths", weights=[1.0, 2.0])
     refused(str(shards), "data.weights must be positive", weights=[0.0])
     refused(str(shards), "validation_fraction=1.5", validation_fraction=1.5)
@@ -388,3 +389,11 @@ def test_another_tokenizer_beside_the_shards_is_refused(shards: Path, tmp_path: 
     refused(str(folder), "tokenizer.model is not the tokenizer that made the shards: put")
     file.unlink()
     refused(str(folder), "tokenizer.model is missing: put")
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0]], ids=["pool", "blend"])
+def test_a_shard_that_is_named_twice_is_refused(weights: object, shards: Path, tmp_path: Path) -> None:
+    """Its documents would be both trained and held out."""
+    (tmp_path / "link").symlink_to(shards)
+    for again in (shards, tmp_path / "link", shards / "shard-00001.bin"):
+        refused([str(shards), str(again)], "both name the shard .*shard-0000", weights=weights)
