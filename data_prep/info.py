@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.tokenizers import load_tokenizer
-from monet_train.data.index_file import read_index
+from monet_train.data.index_file import check_index, read_index
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
 
@@ -41,6 +41,8 @@ def describe(folder: Path, samples: int) -> Iterator[str]:
 
 def document_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
     """Tokens of every document, int32 [documents]."""
+    for record in manifest.shards:
+        check_index(folder / record.name)
     return np.concatenate([read_index(folder / record.name).lengths for record in manifest.shards])
 
 
@@ -108,5 +110,10 @@ def _samples(folder: Path, manifest: Manifest, samples: int) -> Iterator[str]:
         tokens = np.fromfile(
             folder / f"{record.name}.bin", manifest.dtype, count=min(length, SAMPLE_CHARS), offset=pointer
         )
+        if ((tokens < 0) | (tokens >= manifest.tokenizer.vocabulary_size)).any():
+            raise UserError(
+                f"{folder / record.name}.bin: document {local} has a token outside the vocabulary of "
+                f"{manifest.tokenizer.vocabulary_size}: find the damage with `monet-data verify {folder}`"
+            )
         text = tokenizer.decode(tokens.tolist())[:SAMPLE_CHARS]
         yield f"\n  document {document:,} ({record.name}, {length:,} tokens)\n    {text!r}"

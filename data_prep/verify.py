@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from data_prep.files import sha256_file
 from data_prep.ids import find_duplicates
-from monet_train.data.index_file import read_index, read_index_header
+from monet_train.data.index_file import check_index, read_index, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
 
@@ -74,6 +74,7 @@ def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Itera
             yield f"{path} has another checksum than the manifest"
     try:
         header = read_index_header(prefix)
+        check_index(prefix)
     except UserError as error:
         yield str(error)
         return
@@ -83,13 +84,13 @@ def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Itera
 
 
 def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
-    lengths, pointers, borders = read_index(prefix)
+    lengths, _, borders = read_index(prefix)
     ends = np.cumsum(lengths, dtype=np.int64)
     if len(ends) == 0 or lengths.min() < 1 or ends[-1] != record.tokens:
         yield f"{prefix}.idx has lengths that do not fit the tokens"
         return
-    if (pointers != (ends - lengths) * np.dtype(dtype).itemsize).any() or (np.diff(borders) != 1).any() or borders[0]:
-        yield f"{prefix}.idx has document borders that do not fit its lengths"
+    if (np.diff(borders) != 1).any():
+        yield f"{prefix}.idx has documents of several sequences"
         return
     tokens = np.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
     for begin in range(0, len(tokens), SCAN_TOKENS):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from monet_train.data.index_file import check_index
 from monet_train.data.megatron import helpers
 from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Piece, Sequence
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
@@ -236,6 +237,8 @@ class _Split:
         return held_out_mask(int(owners[-1]) + 1, self._fraction)[owners]
 
     def _count(self) -> dict[str, int]:
+        for shard in self.store.shards:
+            check_index(shard.prefix)
         lengths, held_out = self.store.lengths(), self._held_out()
         valid = int(lengths[held_out].sum(dtype=np.int64))
         return {

@@ -21,6 +21,7 @@ HEADER = struct.Struct("<QBQQ")  # after the magic: version, dtype code, number 
 HEADER_BYTES = len(MAGIC) + HEADER.size
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # Megatron's DType codes
 UINT16_VOCABULARY = 65_500  # below this Megatron stores tokens in two bytes
+CHECKED_AT_ONCE = 1 << 20  # sequences
 REBUILD = "run the same `monet-data shards` command again to rebuild it"
 
 
@@ -111,3 +112,36 @@ def read_index(prefix: Path) -> Index:
     pointers, rest = np.split(rest, [8 * header.sequences])
     borders = rest[: 8 * (header.documents + 1)]  # behind them, in a multimodal index, the modes
     return Index(lengths.view(np.int32), pointers.view(np.int64), borders.view(np.int64))
+
+
+def check_index(prefix: Path) -> None:
+    """Check everything in an index, in one pass: the sequences fill the ``.bin`` one after the other.
+
+    Raises:
+        UserError: as ``read_index_header``; a length is negative, a pointer is not the sum of the lengths before it, or
+            the documents' borders do not go up from 0 to the number of sequences.
+    """
+    index, token_bytes = read_index(prefix), np.dtype(read_index_header(prefix).dtype).itemsize
+    if not (_are_gapless(index, token_bytes) and _are_borders(index.borders, len(index.lengths))):
+        raise UserError(
+            f"{prefix}.idx is damaged, its lengths, pointers and borders do not fit together: restore it, or delete it "
+            f"and {REBUILD}"
+        )
+
+
+def _are_gapless(index: Index, token_bytes: int) -> bool:
+    end = 0
+    for begin in range(0, len(index.lengths), CHECKED_AT_ONCE):
+        lengths = index.lengths[begin : begin + CHECKED_AT_ONCE]
+        ends = np.cumsum(lengths, dtype=np.int64) + end
+        pointers = index.pointers[begin : begin + CHECKED_AT_ONCE]
+        if lengths.min() < 0 or (pointers != (ends - lengths) * token_bytes).any():
+            return False
+        end = int(ends[-1])
+    return True
+
+
+def _are_borders(borders: np.ndarray, sequences: int) -> bool:
+    blocks = (borders[begin : begin + CHECKED_AT_ONCE + 1] for begin in range(0, len(borders), CHECKED_AT_ONCE))
+    ends = borders[[0, -1]].tolist() if len(borders) else []
+    return ends == [0, sequences] and all((block[1:] >= block[:-1]).all() for block in blocks)

@@ -21,6 +21,7 @@ from megatron.core.datasets.utils import Split
 from monet_train.config import DataConfig
 from monet_train.data import packing
 from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
+from monet_train.data.index_file import HEADER_BYTES, Index, read_index
 from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
@@ -397,3 +398,33 @@ def test_a_shard_that_is_named_twice_is_refused(weights: object, shards: Path, t
     (tmp_path / "link").symlink_to(shards)
     for again in (shards, tmp_path / "link", shards / "shard-00001.bin"):
         refused([str(shards), str(again)], "both name the shard .*shard-0000", weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("part", "item", "value"),
+    [
+        (0, 3, -5),
+        (0, 3, 10**6),
+        (1, 0, 1),
+        (1, 7, 2**40),
+        (1, 7, -2),
+        (2, 0, 1),
+        (2, 7, 0),
+        (2, 7, 10**6),
+        (2, -1, 299),
+    ],
+)
+@pytest.mark.parametrize("block", [4, 1 << 20])
+def test_an_index_with_wrong_contents_is_refused(
+    part: int, item: int, value: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the right size, with a right last length and pointer: Megatron's reader would take any of them."""
+    monkeypatch.setattr("monet_train.data.index_file.CHECKED_AT_ONCE", block)
+    prefix = write_megatron(tmp_path / "a", [[[5] * (40 + i), [], [6] * i] for i in range(100)])
+    open_(prefix, tmp_path)
+    index = Index(*(np.array(array) for array in read_index(prefix)))
+    index[part][item] = value
+    file = Path(f"{prefix}.idx")
+    file.write_bytes(file.read_bytes()[:HEADER_BYTES] + b"".join(array.tobytes() for array in index))
+    with pytest.raises(UserError, match="a.idx is damaged.*restore it"):
+        open_(prefix, tmp_path)

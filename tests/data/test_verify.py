@@ -18,6 +18,7 @@ from data_prep.documents import Chunk
 from data_prep.encode import Encoded
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
+from monet_train.data.index_file import HEADER_BYTES
 from tests.data.conftest import REPOSITORY, contents, text_of
 
 
@@ -99,6 +100,21 @@ def test_info_shows_counts_labels_lengths_and_samples(data, shards: Path) -> Non
     assert status == 0
     assert "documents    300" in out and " ru " in out and "####" in out
     assert out.count("\n  document ") == 10 and repr(text_of(0)[:40])[1:-1] in out
+
+
+def test_info_of_damaged_shards_is_one_line(data, prepare: Callable[..., Path], tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    whole = (out / "shard-00001.bin").read_bytes()
+    (out / "shard-00001.bin").write_bytes(b"\xff" * len(whole))
+    status, _, err = data("info", out, "--samples", 300)
+    assert status == 2 and err.count("\n") == 1 and "shard-00001.bin: document 0 has a token outside" in err
+    assert f"monet-data verify {out}" in err
+    (out / "shard-00001.bin").write_bytes(whole)
+    index = bytearray((out / "shard-00001.idx").read_bytes())
+    index[HEADER_BYTES + 3] = 0xFF  # the first length is negative
+    (out / "shard-00001.idx").write_bytes(index)
+    status, _, err = data("info", out)
+    assert status == 2 and err.count("\n") == 1 and "shard-00001.idx is damaged" in err
 
 
 def test_info_draws_the_lengths(data, shards: Path, tmp_path: Path) -> None:
