@@ -426,5 +426,5 @@ def test_an_index_with_wrong_contents_is_refused(
     index[part][item] = value
     file = Path(f"{prefix}.idx")
     file.write_bytes(file.read_bytes()[:HEADER_BYTES] + b"".join(array.tobytes() for array in index))
-    with pytest.raises(UserError, match="a.idx is damaged.*restore it"):
+    with pytest.raises(UserError, match=r"a\.idx is damaged.*restore it"):
         open_(prefix, tmp_path)
