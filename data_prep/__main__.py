@@ -101,6 +101,15 @@ def label(text: str) -> tuple[str, str]:
     return name, value
 
 
+def local(text: str) -> Path:
+    """A file or folder of this machine's file systems: shards are memory-mapped, a library opens the tokenizer."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not on a file system: give a local or shared path, and copy it from or to the address"
+        )
+    return Path(text)
+
+
 def build_parser() -> Parser:
     """The command line."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -119,7 +128,7 @@ def build_parser() -> Parser:
         "--vocab-size", type=positive, help="train one of so many pieces, 259 special and byte ones included"
     )
     kind.add_argument(
-        "--existing", type=Path, metavar="TOKENIZER", help="take one as `shards --tokenizer` does, and report"
+        "--existing", type=local, metavar="TOKENIZER", help="take one as `shards --tokenizer` does, and report"
     )
     tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     tokenizer.add_argument(
@@ -129,14 +138,14 @@ def build_parser() -> Parser:
         "--normalization", default="identity", choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),
         help="SentencePiece's rule (identity: the text comes back as it was)",
     )  # fmt: skip
-    tokenizer.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and report.json")
+    tokenizer.add_argument("--out", type=local, required=True, help="folder for tokenizer.model and report.json")
 
     shards = command("shards", "tokenize documents into memory-mapped shards")
     _add_sources(shards)
     shards.add_argument(
-        "--tokenizer", type=Path, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
+        "--tokenizer", type=local, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
     )
-    shards.add_argument("--out", type=local_folder, required=True, help="folder for the shards and manifest.json")
+    shards.add_argument("--out", type=local, required=True, help="folder for the shards and manifest.json")
     shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
     shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")
     shards.add_argument(
@@ -149,13 +158,13 @@ def build_parser() -> Parser:
     )
 
     merge = command("merge", "write the manifest over the shards of all tasks")
-    merge.add_argument("folder", type=Path, help="the --out of the tasks")
+    merge.add_argument("folder", type=local, help="the --out of the tasks")
     verify = command("verify", "check every byte of a shard folder")
-    verify.add_argument("folder", type=Path, help="made by `monet-data shards`")
+    verify.add_argument("folder", type=local, help="made by `monet-data shards`")
     info = command("info", "counts, labels, lengths and decoded samples of a shard folder")
-    info.add_argument("folder", type=Path, help="made by `monet-data shards`")
+    info.add_argument("folder", type=local, help="made by `monet-data shards`")
     info.add_argument("--samples", type=number, default=10, help="documents to decode (10)")
-    info.add_argument("--png", type=Path, metavar="FILE", help="also draw the lengths as an image (needs matplotlib)")
+    info.add_argument("--png", type=local, metavar="FILE", help="also draw the lengths as an image (needs matplotlib)")
     return parser
 
 
@@ -214,15 +223,6 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
         )
 
 
-def local_folder(text: str) -> Path:
-    """A folder to write: shards are memory-mapped, so they have to be files of this machine's file systems."""
-    if is_remote(text):
-        raise argparse.ArgumentTypeError(
-            f"{text} is not on a file system: write to a local or shared folder and copy it from there"
-        )
-    return Path(text)
-
-
 def run_shards(arguments: argparse.Namespace) -> None:
     """``monet-data shards``."""
     from data_prep.pipeline import ShardOptions
@@ -244,6 +244,8 @@ def run_merge(arguments: argparse.Namespace) -> None:
     """``monet-data merge``."""
     from data_prep.shards import merge
 
+    if not arguments.folder.is_dir():
+        raise UserError(f"{arguments.folder} is no folder: give the --out of the tasks")
     print_summary(arguments.folder, merge(arguments.folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ class UserError(Exception):
 def one_line_errors(main: Callable[[], None], is_main: bool = True) -> Callable[[], None]:
     """Decorate a console entry point: a :class:`UserError` becomes one line and exit status 2, Ctrl-C 130.
 
+    So does a name that is too long for any file system, wherever it is first tried.
+
     Of several processes only the main one prints; all of them end with the same status.
     """
 
@@ -27,6 +30,14 @@ def one_line_errors(main: Callable[[], None], is_main: bool = True) -> Callable[
         except UserError as error:
             if is_main:
                 print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            if is_main:
+                print(
+                    f"error: {error.filename}: no file can have so long a name: shorten it", file=sys.stderr, flush=True
+                )
             raise SystemExit(EXIT_BAD_INPUT) from None
         except KeyboardInterrupt:
             if is_main:

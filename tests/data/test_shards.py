@@ -234,6 +234,18 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
             ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
         "bad share": (["shards", good, *shards, "--max-bad-share", "nan"], "'nan' is no number from 0 to 1"),
         "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is no number"),
+        "address of a tokenizer": (
+            ["shards", good, "--tokenizer", "s3://b/t.model", *shards[2:]], "s3://b/t.model is not on a file system"),
+        "address of a tokenizer to write": (
+            ["tokenizer", good, "--vocab-size", 300, "--out", "memory://b/t"], "memory://b/t is not on a file system"),
+        "address to merge": (["merge", "memory://b/out"], "memory://b/out is not on a file system"),
+        "address to verify": (["verify", "memory://b/out"], "memory://b/out is not on a file system"),
+        "address to tell about": (["info", "memory://b/out"], "memory://b/out is not on a file system"),
+        "long name of a source": (["shards", folder / ("x" * 300), *shards], "xxx: no file can have so long a name"),
+        "long name of a tokenizer": (
+            ["shards", good, "--tokenizer", folder / ("x" * 300), *shards[2:]], "xxx: no file can have so long a name"),
+        "long name of a folder": (["info", folder / ("x" * 300)], "File name too long"),
+        "merge nothing": (["merge", folder / "nowhere"], "nowhere is no folder"),
         "verify nothing": (["verify", folder / "nowhere"], "manifest.json is missing"),
         "info nothing": (["info", folder / "nowhere"], "manifest.json is missing"),
     }  # fmt: skip
@@ -248,4 +260,5 @@ def test_bad_input_is_one_line(case: str, data, jsonl: Path, tokenizer: Tokenize
     assert status == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
     assert contents(tmp_path / "full") == before
+    assert not (tmp_path / "nowhere").exists() and not Path("memory:").exists()
     assert not list(tmp_path.glob("out/*.bin")) and not list(tmp_path.glob("out/.shard*"))
