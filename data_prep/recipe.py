@@ -72,6 +72,9 @@ def recipe_from(arguments: list[str], options: dict[str, Any], bounds: dict[str,
     """A recipe from SOURCE arguments; a ``.yaml`` argument stands for the sources of that recipe.
 
     ``options`` (fields of :class:`Source`) replace those of every source, ``bounds`` those of the recipe.
+
+    Raises:
+        UserError: a recipe is bad, or one of several arguments and has a bound of its own: bounds hold for the whole.
     """
     sources: list[Source] = []
     limits: dict[str, Any] = {}
@@ -79,7 +82,14 @@ def recipe_from(arguments: list[str], options: dict[str, Any], bounds: dict[str,
         if argument.endswith((".yaml", ".yml")):
             recipe = load_recipe(Path(argument))
             sources += recipe.sources
-            limits = {"max_documents": recipe.max_documents, "max_bytes": recipe.max_bytes}
+            own = {"max_documents": recipe.max_documents, "max_bytes": recipe.max_bytes}
+            for key, value in own.items():
+                if value is not None and bounds.get(key) is None and len(arguments) > 1:
+                    raise UserError(
+                        f"recipe {argument}: {key}: {value} would bound the other sources too: give one bound for all "
+                        f"with --{key.replace('_', '-')}, or prepare the recipe alone"
+                    )
+                limits[key] = value
         elif argument.startswith("hf:"):
             name, *rest = argument.removeprefix("hf:").split(":")
             config, split = [*rest, "", ""][:2]

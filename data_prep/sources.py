@@ -6,6 +6,8 @@ import glob
 import hashlib
 import logging
 import re
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from data_prep.recipe import Recipe, Source
 from monet_train.errors import UserError
 
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".text": "txt"}
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # .json is usual among source code, .txt is read with it
 FILES_PART_BYTES = 64 << 20  # files of a folder are grouped into parts of about this size
 LANGUAGES = {
     ".py": "python", ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".cxx": "cpp", ".hpp": "cpp", ".cu": "cuda",
@@ -126,16 +129,24 @@ def _file_part(source: Source, path: str) -> Part:
 
 
 def _folder_parts(source: Source, folder: Path) -> list[Part]:
-    entries = []
+    entries, patterns = [], Counter[str]()
     for path in sorted(folder.rglob("*")):
         language = LANGUAGES.get(path.suffix.lower())
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if language and not hidden and path.is_file():
             labels = (("lang", language), ("domain", "code"), ("source", folder.resolve().name))
             entries.append(FileEntry(str(path), labels))
+        elif not hidden and (suffix := suffix_of(path.name)) in DATA_SUFFIXES and path.is_file():
+            patterns[f"'{folder}/**/*{path.name[path.name.lower().rindex(suffix) :]}'"] += 1
     if not entries:
         raise UserError(
             f"source {folder} is a folder without source code: for data files give a pattern, '{folder}/*.jsonl'"
+        )
+    if patterns:
+        print(
+            f"warning: source {folder}: only its source code is read, left out are {patterns.total()} data file"
+            f"{'s' * (patterns.total() > 1)}: to read them give also {' '.join(sorted(patterns))}",
+            file=sys.stderr,
         )
     return _group(source, str(folder), entries)
 

@@ -22,7 +22,7 @@ import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
 from data_prep import sources
-from data_prep.recipe import LABELS, load_recipe
+from data_prep.recipe import LABELS, load_recipe, recipe_from
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
@@ -72,6 +72,31 @@ def test_a_folder_of_source_code(prepare: Callable[..., Path], tmp_path: Path) -
     (record,) = manifest.shards
     assert {value: counts[0] for value, counts in record.labels["lang"].items()} == {"python": 1, "rust": 1}
     assert list(record.labels["source"]) == ["project"]
+
+
+def test_data_files_among_source_code_are_told(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    code = tmp_path / "project"
+    (code / "sub").mkdir(parents=True)
+    (code / "a.py").write_text("x = 1\n")
+    (code / "package.json").write_text("{}")
+    for name in ("b.jsonl", "sub/c.jsonl", "sub/d.parquet.zst"):
+        (code / name).write_bytes(b"?")
+    status, _, err = data("shards", code, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    told = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert status == 0 and len(told) == 1 and "left out are 3 data files" in told[0]
+    assert told[0].endswith(f"give also '{code}/**/*.jsonl' '{code}/**/*.parquet.zst'")
+
+
+@pytest.mark.parametrize("other", ["more.jsonl", "second.yaml"])
+def test_the_bound_of_one_recipe_among_several_sources_is_refused(other: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("{sources: [{source: a.jsonl}], max_documents: 5}")
+    second.write_text("{sources: [{source: b.jsonl}], max_bytes: 9}")
+    with pytest.raises(UserError, match=r"first.yaml: max_documents: 5 would bound .* --max-documents"):
+        recipe_from([str(first), str(tmp_path / other)], {}, {"max_documents": None, "max_bytes": 100})
+    assert recipe_from([str(first)], {}, {}).max_documents == 5
+    both = recipe_from([str(first), str(second)], {}, {"max_documents": 7, "max_bytes": 100})
+    assert (both.max_documents, both.max_bytes) == (7, 100)
 
 
 def test_the_installed_python_is_a_corpus(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
