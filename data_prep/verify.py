@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from data_prep.files import sha256_file
 from data_prep.ids import find_duplicates
+from data_prep.tokenizers import CONFIG_NAME, load_tokenizer
 from monet_train.data.index_file import check_index, read_index, read_index_header
-from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, TokenizerRecord
 from monet_train.errors import UserError
 
 SCAN_TOKENS = 1 << 24  # read at once
@@ -48,6 +49,8 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
     tokenizer = folder / manifest.tokenizer.file
     if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer.sha256:
         yield f"{tokenizer} is missing or not the one that made the shards: copy it here again"
+    elif not _has_special_tokens(tokenizer, manifest.tokenizer):
+        yield f"{folder / CONFIG_NAME} is missing or names other special tokens than the manifest: copy it here again"
     for name in ("documents", "tokens", "text_bytes"):
         if getattr(manifest, name) != sum(getattr(record, name) for record in manifest.shards):
             yield f"{folder / MANIFEST_NAME}: `{name}` is not the sum over its shards: prepare the corpus again"
@@ -59,6 +62,15 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         if path.name not in known and path.suffix in (".bin", ".idx", ".tmp"):
             yield f"{path} is not in the manifest: remove it"
+
+
+def _has_special_tokens(tokenizer: Path, record: TokenizerRecord) -> bool:
+    """Whether the tokenizer has the manifest's special tokens: a file beside a ``tokenizer.json`` may name them."""
+    try:
+        found = load_tokenizer(tokenizer).record
+    except UserError:
+        return False
+    return (found.eos_id, found.bos_id, found.unk_id) == (record.eos_id, record.bos_id, record.unk_id)
 
 
 def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Iterator[str]:

@@ -20,6 +20,7 @@ from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.index_file import HEADER_BYTES
 from tests.data.conftest import REPOSITORY, contents, text_of
+from tests.data.test_tokenizers import byte_level
 
 
 @pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])
@@ -33,6 +34,18 @@ def test_verify_finds_damage(damage: str, data, prepare: Callable[..., Path], tm
     file.write_bytes(content)
     status, _, err = data("verify", out)
     assert status == 2 and err.count("\n") == 1 and file.name in err
+
+
+@pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json"])
+def test_verify_misses_the_files_of_the_tokenizer(lost: str, data, jsonl: Path, tmp_path: Path) -> None:
+    folder, out = byte_level(tmp_path / "t", "<|fin|>"), tmp_path / "out"
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|fin|>"}')
+    arguments = ("--tokenizer", folder, "--out", out, "--workers", 1, "--max-documents", 20)
+    assert data("shards", jsonl / "*.jsonl", *arguments)[0] == 0
+    assert data("verify", out)[0] == 0
+    (out / lost).unlink()
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 1 and f"{out / lost} is missing" in err
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
