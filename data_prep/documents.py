@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from data_prep.files import READ_ERRORS, decompress, open_raw, open_source, unreadable
+from data_prep.files import COMPRESSIONS, READ_ERRORS, decompress, is_remote, open_raw, open_source, unreadable
 from data_prep.recipe import ENORMOUS_BYTES, LABELS, Source
 from data_prep.sources import FileEntry, Part, open_hub
 from monet_train.errors import UserError
@@ -67,6 +67,8 @@ def read_chunks(part: Part) -> Iterator[Chunk]:
     """
     readers = {"jsonl": _read_lines, "txt": _read_txt, "parquet": _read_parquet, "files": _read_files, "hub": _read_hub}
     try:
+        if not part.size and part.path.endswith(COMPRESSIONS) and not is_remote(part.path):
+            raise EOFError("it is empty")  # what compresses nothing has some bytes
         yield from readers[part.kind](part)
     except READ_ERRORS as error:
         raise unreadable(part.path, error) from None

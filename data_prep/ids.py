@@ -68,7 +68,8 @@ def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
     import pyarrow.parquet
 
     for shard in shards:
-        with pyarrow.parquet.ParquetFile(folder / f"{shard.name}.labels.parquet") as file:
+        with (folder / f"{shard.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
+            file = pyarrow.parquet.ParquetFile(stream)
             if "id" not in file.schema_arrow.names:
                 continue
             column = file.read(columns=["id"])["id"].to_pylist()

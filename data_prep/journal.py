@@ -52,16 +52,32 @@ class Journal:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
         lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines or recipe not in (None, lines[0]["recipe"]):
-            raise other_recipe(self.path.parent, lines[0]["recipe"] if lines else {}, recipe or {})
-        self.recipe = lines[0]["recipe"]
-        if whole != data and recipe is not None:
-            write_whole(self.path, whole)
         for line in lines[1:]:
             self.totals = Totals(**line["totals"])
             self.done = "shard" not in line
             if not self.done:
                 self.shards.append(shard_from_json(line["shard"]))
+        self.recipe = lines[0]["recipe"] if lines else {}
+        if recipe is None:
+            return
+        if recipe != self.recipe:
+            if not self._mended(recipe):
+                raise other_recipe(self.path.parent, self.recipe, recipe)
+            whole = b"".join([json.dumps({"recipe": recipe}).encode() + b"\n", *whole.splitlines(keepends=True)[1:]])
+            self.recipe = recipe
+        if whole != data:
+            write_whole(self.path, whole)
+
+    def _mended(self, recipe: dict[str, Any]) -> bool:
+        """Whether ``recipe`` differs in source files alone of which no shard has anything yet: they were mended.
+
+        With several tasks their sizes also decide what each task does.
+        """
+        files, there = recipe["files"], self.recipe.get("files", [])
+        if {**recipe, "files": there} != self.recipe or len(files) != len(there) or recipe["tasks"] > 1 or self.done:
+            return False
+        read = self.shards[-1].end.part + 1 if self.shards else 0
+        return files[:read] == there[:read] and all(a[0] == b[0] for a, b in zip(files, there, strict=True))
 
     def add(self, shard: ShardRecord, totals: Totals) -> None:
         """Record a finished shard, durably, with what had been left out up to its end."""
@@ -110,8 +126,8 @@ def _versions(recipe: dict[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
-    """Hold the folder against a second run.
+def exclusive(folder: Path, name: str = LOCK_NAME, wait_seconds: float = 0) -> Iterator[None]:
+    """Hold the folder against a second run, or wait for one that is soon done.
 
     Raises:
         UserError: another run holds it, or it cannot be made.
@@ -119,7 +135,7 @@ def exclusive(folder: Path, name: str = LOCK_NAME) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / name)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_seconds)
     except filelock.Timeout:
         raise UserError(f"{folder} is being written by another run: wait for it, or choose another --out") from None
     except OSError as error:

@@ -65,7 +65,7 @@ class Plan:
             "max_bytes": self.recipe.max_bytes,
             "tokens_per_shard": self.options.tokens_per_shard,
             "tasks": self.options.tasks,
-            "tokenizer": self.tokenizer.record.sha256,
+            "tokenizer": asdict(self.tokenizer.record),
         }
 
     def range_of(self, task: int) -> range:

@@ -102,7 +102,10 @@ class ShardWriter:
         table = pyarrow.table({**columns, "bytes": _numbers(sizes)})
         if any(name is not None for name in self._ids):
             table = table.append_column("id", _strings(self._ids))
-        pyarrow.parquet.write_table(table, self._temporary("labels.parquet"), compression="zstd")
+        with self._temporary("labels.parquet").open(
+            "wb"
+        ) as stream:  # a name with a colon would be taken for an address
+            pyarrow.parquet.write_table(table, stream, compression="zstd")
         return {
             name: _count(list(values), of, lengths, sizes)
             for name, values, of in zip(LABELS, self._values, codes, strict=True)

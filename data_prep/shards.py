@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from data_prep.encode import Encoder
 from data_prep.files import sync, write_whole
 from data_prep.ids import find_duplicates
-from data_prep.journal import Journal, exclusive, other_recipe, recipe_of
+from data_prep.journal import LOCK_NAME, Journal, exclusive, other_recipe, recipe_of
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import disk_error
@@ -21,6 +22,7 @@ from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
 from monet_train.errors import UserError
 
+TASKS_BEGIN_SECONDS = 60  # in which the tasks of an array have begun, one after the other
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
 
 
@@ -37,26 +39,46 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
     with Encoder(tokenizer, options.workers) as encoder:
         plan = Plan(recipe, list_parts(recipe), tokenizer, options)
-        with exclusive(folder, f".lock{_task_suffix(options)}"):
+        with ExitStack() as locks:
             try:
-                return _prepare(plan, encoder, folder)
+                if options.tasks > 1:
+                    locks.enter_context(exclusive(folder, f"{LOCK_NAME}{_task_suffix(options)}"))
+                    with exclusive(folder, wait_seconds=TASKS_BEGIN_SECONDS):  # not beside a run of all tasks
+                        journal = _begin(plan, folder)
+                else:
+                    locks.enter_context(exclusive(folder))
+                    journal = _begin(plan, folder)
+                return _prepare(plan, encoder, folder, journal)
             except OSError as error:
                 raise disk_error(folder, error) from None
 
 
-def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
-    asked, suffix = plan.describe(), _task_suffix(plan.options)
+def _begin(plan: Plan, folder: Path) -> Journal | None:
+    """The journal of this work; None if its manifest is there.
+
+    Raises:
+        UserError: the folder belongs to another corpus.
+    """
+    asked, path = plan.describe(), folder / f"progress{_task_suffix(plan.options)}.jsonl"
     if (folder / MANIFEST_NAME).exists():
-        manifest = Manifest.read(folder)
-        if manifest.recipe != asked:
-            raise other_recipe(folder, manifest.recipe, asked)
-        _remove_journals(folder)
-        _rebuild(plan, encoder, folder, manifest)
-        return manifest
-    journal = Journal(folder / f"progress{suffix}.jsonl")
-    if not journal.path.exists():
+        recipe = Manifest.read(folder).recipe
+        if recipe != asked:
+            raise other_recipe(folder, recipe, asked)
+        return None
+    journal = Journal(path)
+    if not path.exists():
         _refuse_foreign(folder, asked)
     journal.open(asked)
+    return journal
+
+
+def _prepare(plan: Plan, encoder: Encoder, folder: Path, journal: Journal | None) -> Manifest | None:
+    suffix = _task_suffix(plan.options)
+    if journal is None:
+        manifest = Manifest.read(folder)
+        _remove_journals(folder)
+        _put_back(plan, encoder, folder, manifest.shards)
+        return manifest
     for leftover in folder.glob(f".shard{suffix}-*.tmp"):
         leftover.unlink()
     if not journal.done:
@@ -73,6 +95,7 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path) -> Manifest | None:
         _judge(log, kept, 1, plan.options.max_bad_share)
         plan.tokenizer.copy_to(folder, suffix)
         journal.finish(log.totals)
+    _put_back(plan, encoder, folder, journal.shards)
     return _write_manifest(folder, [journal], plan.tokenizer) if plan.options.tasks == 1 else None
 
 
@@ -80,32 +103,39 @@ def merge(folder: Path) -> Manifest:
     """Write the manifest over the shards of all tasks; nothing else is written, no shard is read.
 
     Raises:
-        UserError: a task is missing or unfinished, or the tasks were not given the same command.
+        UserError: a task is missing or unfinished, the tasks were not given the same command, or a shard is gone.
     """
     if (folder / MANIFEST_NAME).exists():
         _remove_journals(folder)
-        return Manifest.read(folder)
+        manifest = Manifest.read(folder)
+        _refuse_gone(folder, manifest.shards, manifest.recipe["tasks"])
+        return manifest
     with exclusive(folder):
-        journals: list[Journal] = []
-        for path in sorted(folder.glob("progress-*.jsonl")):
-            journal = Journal(path)
-            journal.open(None)
-            if journals and journal.recipe != journals[0].recipe:
-                raise other_recipe(folder, journals[0].recipe, journal.recipe)
-            journals.append(journal)
-        if not journals:
-            raise UserError(f"{folder} holds no finished tasks: run `monet-data shards ... --task I --tasks N` first")
-        tasks = journals[0].recipe["tasks"]
-        finished = {int(journal.path.stem.removeprefix("progress-")) for journal in journals if journal.done}
-        if missing := sorted(set(range(tasks)) - finished):
-            raise UserError(
-                f"{folder}: {len(missing)} of {tasks} tasks are not finished (first: {missing[0]}): run "
-                f"`monet-data shards ... --task {missing[0]} --tasks {tasks}` again"
-            )
-        try:
-            return _write_manifest(folder, journals, load_tokenizer(folder))
-        except OSError as error:
-            raise disk_error(folder, error) from None
+        return _merge(folder)
+
+
+def _merge(folder: Path) -> Manifest:
+    journals: list[Journal] = []
+    for path in sorted(folder.glob("progress-*.jsonl")):
+        journal = Journal(path)
+        journal.open(None)
+        if journals and journal.recipe != journals[0].recipe:
+            raise other_recipe(folder, journals[0].recipe, journal.recipe)
+        journals.append(journal)
+    if not journals:
+        raise UserError(f"{folder} holds no finished tasks: run `monet-data shards ... --task I --tasks N` first")
+    tasks = journals[0].recipe["tasks"]
+    finished = {int(journal.path.stem.removeprefix("progress-")) for journal in journals if journal.done}
+    if missing := sorted(set(range(tasks)) - finished):
+        raise UserError(
+            f"{folder}: {len(missing)} of {tasks} tasks are not finished (first: {missing[0]}): run "
+            f"`monet-data shards ... --task {missing[0]} --tasks {tasks}` again"
+        )
+    _refuse_gone(folder, [shard for journal in journals for shard in journal.shards], tasks)
+    try:
+        return _write_manifest(folder, journals, load_tokenizer(folder))
+    except OSError as error:
+        raise disk_error(folder, error) from None
 
 
 def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer) -> Manifest:
@@ -151,10 +181,26 @@ def _remove_journals(folder: Path) -> None:
         path.unlink()
 
 
-def _rebuild(plan: Plan, encoder: Encoder, folder: Path, manifest: Manifest) -> None:
-    """Make this task's shards of the manifest again whose files are gone or cut short; they must come out as before."""
+def _refuse_gone(folder: Path, shards: list[ShardRecord], tasks: int) -> None:
+    if gone := [shard.name for shard in shards if not _stands(folder, shard)]:
+        task = f" --task {int(gone[0].split('-')[1])} --tasks {tasks}" if tasks > 1 else ""
+        raise UserError(
+            f"{folder} has lost {', '.join(gone)}: run `monet-data shards ...{task}` again, which makes "
+            "what is missing and nothing else"
+        )
+
+
+def _put_back(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecord]) -> None:
+    """What was finished and is gone since."""
+    if not (folder / plan.tokenizer.record.file).is_file():
+        plan.tokenizer.copy_to(folder, _task_suffix(plan.options))
+    _rebuild(plan, encoder, folder, shards)
+
+
+def _rebuild(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecord]) -> None:
+    """Make this task's shards again whose files are gone or cut short; they must come out as they were recorded."""
     mine = plan.range_of(plan.options.task)
-    shards = [shard for shard in manifest.shards if shard.start.part in mine]
+    shards = [shard for shard in shards if shard.start.part in mine]
     for number, shard in enumerate(shards):
         if _stands(folder, shard):
             continue
@@ -182,9 +228,8 @@ def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
         if there != asked:
             raise other_recipe(folder, there, asked)
         return
-    # Another task may be about to start its journal.
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".lock", ".progress", "progress-", "rejects")):
+        if not path.name.startswith((LOCK_NAME, ".progress", "rejects")):
             raise UserError(f"{folder} is not empty ({path.name}): choose another --out, or empty the folder")
 
 

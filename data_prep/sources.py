@@ -51,7 +51,7 @@ class Part:
     files: tuple[FileEntry, ...] = ()
     stream: int = 0  # hub: number of the dataset's shard
     streams: int = 1
-    version: str = ""  # hub: see HubDataset
+    version: str = ""  # hub: see HubDataset; files: a hash over their names and sizes
 
     def identity(self) -> list[Any]:
         """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
@@ -66,7 +66,7 @@ class Part:
                 self.streams,
                 self.version,
             ]
-        return [Path(self.path).name, self.size, len(self.files)]
+        return [Path(self.path).name, self.size, len(self.files), self.version]
 
 
 def list_parts(recipe: Recipe) -> list[Part]:
@@ -102,6 +102,8 @@ def _expand(name: str) -> list[str]:
     if is_remote(name):
         import fsspec
 
+        if "::" in name:
+            raise UserError(f"source {name}: an address within an address is not read: unpack it first")
         try:
             filesystem, pattern = fsspec.core.url_to_fs(name)
             found = filesystem.glob(pattern) if glob.has_magic(pattern) else [pattern] * filesystem.exists(pattern)
@@ -154,13 +156,15 @@ def _folder_parts(source: Source, folder: Path) -> list[Part]:
 def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
     parts: list[Part] = []
     group: list[FileEntry] = []
-    size = 0
+    size, told = 0, hashlib.sha256()
     for number, entry in enumerate(entries):
         group.append(entry)
-        size += Path(entry.path).stat().st_size
+        bytes_ = Path(entry.path).stat().st_size
+        size += bytes_
+        told.update(f"{entry.path.removeprefix(name)} {bytes_}\n".encode(errors="surrogateescape"))
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
-            parts.append(Part("files", source, name, size, tuple(group)))
-            group, size = [], 0
+            parts.append(Part("files", source, name, size, tuple(group), version=told.hexdigest()))
+            group, size, told = [], 0, hashlib.sha256()
     return parts
 
 

@@ -34,7 +34,8 @@ def _labels(prefix: Path) -> Any:
 
     path = Path(f"{prefix}.labels.parquet")
     try:
-        return pyarrow.parquet.read_table(path)
+        with path.open("rb") as stream:  # a name with a colon would be taken for an address
+            return pyarrow.parquet.read_table(stream)
     except (OSError, pyarrow.ArrowException) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
         raise UserError(f"labels {path}: the file {reason}: make the shards with `monet-data shards`") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import itertools
 import os
 import shutil
@@ -21,9 +22,12 @@ import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
+from data_prep.journal import exclusive
 from data_prep.tokenizers import Tokenizer
+from data_prep.verify import verify
+from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
-from tests.data.conftest import REPOSITORY, contents
+from tests.data.conftest import REPOSITORY, contents, text_of
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -209,6 +213,87 @@ def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
     (tmp_path / "away.jsonl").rename(sources / "part-1.jsonl")
     assert data(*arguments)[0] == 0
     assert contents(tmp_path / "out") == contents(shards)
+
+
+def test_a_source_cut_short_is_mended_and_a_shard_that_went_is_made_again(
+    data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    second = sources / "part-1.jsonl.gz"
+    whole = gzip.compress((sources / "part-1.jsonl").read_bytes())
+    (sources / "part-1.jsonl").unlink()
+    arguments = ("shards", sources / "*.jsonl*", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+                 "--tokens-per-shard", 4000, "--workers", 1)  # fmt: skip
+    for cut in (0, 10):
+        second.write_bytes(whole[:cut])
+        status, _, err = data(*arguments)
+        assert status == 2 and err.count("\n") == 1 and "part-1.jsonl.gz cannot be read (cut short or damaged" in err
+    first = tmp_path / "out" / "shard-00000.bin"
+    before = first.read_bytes()
+    first.unlink()
+    second.write_bytes(whole)
+    assert data(*arguments)[0] == 0
+    assert first.read_bytes() == before and verify(tmp_path / "out")[1] == []
+    assert {name: at for name, at in contents(tmp_path / "out").items() if name.endswith((".bin", ".idx"))} == {
+        name: at for name, at in contents(shards).items() if name.endswith((".bin", ".idx"))
+    }
+    (sources / "part-0.jsonl").write_text('{"text": "another"}\n')  # of which there are shards
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert data(*arguments)[0] == 2
+
+
+def test_files_of_a_folder_that_changed_places_are_another_corpus(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.py").write_text(f"x = {number}\n")
+    arguments = ("shards", folder, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
+    assert data(*arguments)[0] == 0
+    (folder / "2.py").rename(folder / "00.py")
+    status, _, err = data(*arguments)
+    assert status == 2 and "differs in: files" in err
+
+
+def test_a_run_of_all_tasks_and_a_task_do_not_share_a_folder(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_prep.shards, "TASKS_BEGIN_SECONDS", 0)
+    out = tmp_path / "out"
+    whole = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1)
+    task = (*whole, "--task", 0, "--tasks", 2)
+    with exclusive(out):
+        status, _, err = data(*task)
+        assert status == 2 and "being written by another run" in err
+    assert data(*task)[0] == 0
+    for path in out.glob("shard-*"):  # as if it had only begun
+        path.unlink()
+    (out / "tokenizer.model").unlink()
+    status, _, err = data(*whole)
+    assert status == 2 and "is not empty (progress-0000.jsonl)" in err
+
+
+def test_a_shard_that_went_is_not_merged_over(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    whole = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1)
+    for task in (0, 1):
+        assert data(*whole, "--task", task, "--tasks", 2)[0] == 0
+    (out / "shard-0001-00000.idx").unlink()
+    for _ in range(2):
+        status, _, err = data("merge", out)
+        assert status == 2 and "has lost shard-0001-00000" in err and "--task 1 --tasks 2" in err
+    (out / "tokenizer.model").unlink()
+    assert data(*whole, "--task", 1, "--tasks", 2)[0] == 0
+    assert data("merge", out)[0] == 0 and verify(out)[1] == []
+    assert (out / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+def test_an_output_folder_may_have_a_colon(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", "s3:out", "--workers", 1)
+    assert data(*arguments)[0] == 0 and verify(Path("s3:out"))[1] == []
+    assert document_labels(Path("s3:out/shard-00000"), 299)["bytes"] == len(text_of(299).encode())
 
 
 def test_a_changed_source_does_not_continue_another_corpus(

@@ -155,6 +155,22 @@ def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path
         load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
 
 
+def test_another_end_token_is_another_corpus(data, jsonl: Path, tmp_path: Path) -> None:
+    """tokenizer_config.json names it; the tokenizer.json is the same."""
+    import tokenizers
+
+    path = byte_level(tmp_path / "t", "<A>") / "tokenizer.json"
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner.add_special_tokens(["<B>"])
+    inner.save(str(path))
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", path, "--out", tmp_path / "out", "--workers", 1)
+    for name, status in (("<A>", 0), ("<B>", 2)):
+        path.with_name("tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+        found, _, err = data(*arguments)
+        assert found == status, err
+    assert "differs in: tokenizer" in err
+
+
 def test_an_existing_tokenizer_is_reported_on(data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path) -> None:
     source = ("tokenizer", jsonl / "*.jsonl", "--out")
     status, out, _ = data(*source, tmp_path / "new", "--existing", tokenizer.path)
