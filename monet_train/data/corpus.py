@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from monet_train.data.index_file import check_index
+from monet_train.data.manifest import TokenizerRecord
 from monet_train.data.megatron import helpers
 from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Piece, Sequence
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
@@ -291,14 +292,14 @@ def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
             raise UserError(
                 f"data.path: {shard_set.path} holds no document: prepare some text with `monet-data shards`"
             )
-    hashes: dict[str, Path] = {}
+    tokenizers: dict[TokenizerRecord, Path] = {}  # the same file with other special tokens is another tokenizer
     for shard_set in sets:
         if shard_set.manifest:
-            hashes.setdefault(shard_set.manifest.tokenizer.sha256, shard_set.path)
-    if len(hashes) > 1:
+            tokenizers.setdefault(shard_set.manifest.tokenizer, shard_set.path)
+    if len(tokenizers) > 1:
         raise UserError(
-            f"data.path: {' and '.join(str(path) for path in hashes.values())} were made with different tokenizers: "
-            "make them again with one tokenizer"
+            f"data.path: {' and '.join(str(path) for path in tokenizers.values())} were made with different "
+            "tokenizers: make them again with one tokenizer"
         )
     owners: dict[Path, Path] = {}
     for shard_set in sets:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,10 +375,11 @@ def test_a_corpus_without_one_sequence_is_refused(tmp_path: Path) -> None:
         open_(prefix, tmp_path)
 
 
-def test_shards_of_two_tokenizers_are_not_mixed(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"eos_id": 7}], ids=str)
+def test_shards_of_two_tokenizers_are_not_mixed(change: dict[str, Any], shards: Path, tmp_path: Path) -> None:
     folder = broken(shards, tmp_path)
     manifest = Manifest.read(folder)
-    other = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, sha256="0" * 64))
+    other = dataclasses.replace(manifest, tokenizer=dataclasses.replace(manifest.tokenizer, **change))
     (folder / "manifest.json").write_text(other.to_json())
     refused([str(shards), str(folder)], "different tokenizers")
 
