@@ -337,6 +337,7 @@ def test_workers_end_with_their_parent(how: int, jsonl: Path, tokenizer: Tokeniz
     parent = subprocess.Popen(
         [sys.executable, "-m", "data_prep", "shards", source, "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
          "--workers", "2"], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored if the tests run in the background
     )  # fmt: skip
     try:
         assert wait_for(lambda: len(worker_ids(parent.pid)) == 2 and list((tmp_path / "out").glob(".shard*")))

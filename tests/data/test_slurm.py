@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -54,12 +55,13 @@ def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: To
 @pytest.mark.distributed
 def test_a_task_that_fails_is_not_merged(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The merge leaves the queue; the same command goes on when the cause is mended."""
-    with sorted(jsonl.glob("*.jsonl"))[-1].open("a") as stream:
+    sources = shutil.copytree(jsonl, tmp_path / "sources")
+    with sorted(sources.glob("*.jsonl"))[-1].open("a") as stream:
         stream.write("no JSON\n")
     out = tmp_path / "out"
-    command = (jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out)
+    command = (sources / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out)
     logs = submit(*command, "--max-bad-share", "0")
-    assert logs.count("error: ") == 1 and "raise --max-bad-share" in logs
+    assert logs.count("raise --max-bad-share") == 1
     assert not (out / "manifest.json").exists() and (out / "shard-0000-00000.bin").exists()
     logs = submit(*command, "--max-bad-share", "0.5")
     assert (out / "manifest.json").exists(), logs
