@@ -102,9 +102,8 @@ class ShardWriter:
         table = pyarrow.table({**columns, "bytes": _numbers(sizes)})
         if any(name is not None for name in self._ids):
             table = table.append_column("id", _strings(self._ids))
-        with self._temporary("labels.parquet").open(
-            "wb"
-        ) as stream:  # a name with a colon would be taken for an address
+        # Not by name: one with a colon would be taken for an address.
+        with self._temporary("labels.parquet").open("wb") as stream:
             pyarrow.parquet.write_table(table, stream, compression="zstd")
         return {
             name: _count(list(values), of, lengths, sizes)

@@ -161,7 +161,9 @@ def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
         group.append(entry)
         bytes_ = Path(entry.path).stat().st_size
         size += bytes_
-        told.update(f"{entry.path.removeprefix(name)} {bytes_}\n".encode(errors="surrogateescape"))
+        # Below its folder; of an installation, whose place on the machine is no part of the corpus, the name alone.
+        place = entry.path.removeprefix(name) if entry.path.startswith(name) else Path(entry.path).name
+        told.update(f"{place} {bytes_}\n".encode(errors="surrogateescape"))
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
             parts.append(Part("files", source, name, size, tuple(group), version=told.hexdigest()))
             group, size, told = [], 0, hashlib.sha256()

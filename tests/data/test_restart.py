@@ -23,6 +23,8 @@ import data_prep.shard_writer
 import data_prep.shards
 from data_prep.__main__ import main
 from data_prep.journal import exclusive
+from data_prep.recipe import Source
+from data_prep.sources import FileEntry, _group
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.labels import document_labels
@@ -252,6 +254,19 @@ def test_files_of_a_folder_that_changed_places_are_another_corpus(data, tokenize
     (folder / "2.py").rename(folder / "00.py")
     status, _, err = data(*arguments)
     assert status == 2 and "differs in: files" in err
+
+
+@pytest.mark.parametrize("name", ["installed python", "{root}"], ids=["installation", "folder"])
+def test_the_place_of_files_on_the_machine_does_not_matter(name: str, tmp_path: Path) -> None:
+    identities = []
+    for place in ("one", "another"):
+        file = tmp_path / place / "module.py"
+        file.parent.mkdir()
+        file.write_text("x = 1\n")
+        entry = FileEntry(str(file), ())
+        (part,) = _group(Source("python"), name.format(root=file.parent), [entry])
+        identities.append(part.identity()[1:])  # behind the folder's name
+    assert identities[0] == identities[1]
 
 
 def test_a_run_of_all_tasks_and_a_task_do_not_share_a_folder(
