@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -83,13 +84,17 @@ def read_texts(corpus: str) -> list[str]:
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Our command end to end beside bare encoders in as many processes and `datasets.map`; ids compared."""
+    """Our command end to end beside bare encoders in as many processes and `datasets.map`; ids compared.
+
+    With the tokenizer's own library on both sides, with the fast encoder on both sides, and across.
+    """
     texts = read_texts(arguments.corpus)
     size = sum(len(text.encode()) for text in texts)
     print(f"{len(texts):,} documents, {size / 1e6:.1f} MB, {arguments.workers} processes, in turn, "
           f"medians of {arguments.repeats} rounds; load {os.getloadavg()[0]:.1f}")  # fmt: skip
     times = Times()
-    encoder, library, ours = "bare encoder", "the tokenizer's own library", "monet-data shards"
+    encoder, library = "bare fast encoder", "bare tokenizer (its library)"
+    ours, slow_ours = "monet-data shards", "monet-data, library only"
     plain, start = "datasets.map + writing", "start (one document)"
     for _ in range(arguments.repeats):
         times.add(encoder, *bare(texts, arguments, lambda tokenizer: (tokenizer.fast or tokenizer).encode))
@@ -101,22 +106,27 @@ def tokenize(arguments: argparse.Namespace) -> None:
                 prepare(arguments, Path(folder) / "one", Path(folder) / "one.txt")
             if arguments.plain:
                 times.add(library, *bare(texts, arguments, lambda tokenizer: tokenizer.encode_plainly))
+                with times.of(slow_ours):
+                    prepare(arguments, Path(folder) / "slow", arguments.corpus, fast=False)
                 with times.of(plain):
                     map_and_write(texts, arguments, Path(folder))
     for name in times.taken:
         wall, processor = times.medians(name)
         print(f"  {name:<28} {wall:8.2f} s {size / wall / 1e6:8.2f} MB/s  {processor:8.2f} s of processor time"
               f"  fastest {min(times.taken[name])[0]:.2f} s")  # fmt: skip
-    for other in [encoder, library, plain] if arguments.plain else [encoder]:
-        print(f"  times as fast as {other}: {times.ratio(other, ours)}")
+    pairs = [(slow_ours, library), (ours, library), (ours, plain)] if arguments.plain else []
+    for one, other in [*pairs, (ours, encoder)]:
+        print(f"  {one}, times as fast as {other}: {times.ratio(other, one)}")
     print(f"  load at the end: {os.getloadavg()[0]:.1f}")
     if arguments.compare_ids:
         compare_ids(texts, arguments)
 
 
-def prepare(arguments: argparse.Namespace, out: Path, source: str | Path) -> None:
-    """``monet-data shards`` in a process of its own."""
-    command = [sys.executable, "-m", "data_prep", "shards", str(source), "--tokenizer", arguments.tokenizer]
+def prepare(arguments: argparse.Namespace, out: Path, source: str | Path, fast: bool = True) -> None:
+    """``monet-data shards`` in a process of its own; not ``fast``: as it is where fastokens is not installed."""
+    program = "" if fast else "import sys; sys.modules['fastokens'] = None\n"
+    program += "from data_prep.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "shards", str(source), "--tokenizer", arguments.tokenizer]
     command += ["--out", str(out), "--workers", str(arguments.workers)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
@@ -134,8 +144,10 @@ def bare(
     def work(rank: int) -> None:
         tokenizer = load_tokenizer(Path(arguments.tokenizer))
         encode = call(tokenizer)
-        mine = texts[rank :: arguments.workers]
+        # Copies: counting references to the parent's would copy its pages while the time runs.
+        mine = [text.encode().decode() for text in texts[rank :: arguments.workers]]
         blocks = [mine[i : i + BLOCK] for i in range(0, len(mine), BLOCK)]
+        gc.freeze()
         barrier.wait()
         started = time.process_time()
         for block in blocks:
@@ -309,8 +321,9 @@ def main() -> None:
         command.add_argument("--workers", type=int, default=2)
         command.add_argument("--repeats", type=int, default=3)
         command.set_defaults(run=function)
-    commands.choices["tokenize"].add_argument("--compare-ids", action="store_true", help=compare_ids.__doc__)
-    commands.choices["tokenize"].add_argument("--no-plain", dest="plain", action="store_false", help="no datasets.map")
+    command = commands.choices["tokenize"]
+    command.add_argument("--compare-ids", action="store_true", help=compare_ids.__doc__)
+    command.add_argument("--no-plain", dest="plain", action="store_false", help="only beside the fast encoder")
     command = commands.add_parser("index", help=index.__doc__)
     command.add_argument("--tokens", type=number, nargs="+", default=[10**9])
     command.add_argument("--folder", type=Path, help="where the sparse shards are made (the temporary folder)")
