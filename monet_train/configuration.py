@@ -55,10 +55,10 @@ def to_typed(composed: DictConfig) -> TrainConfig:
     return config
 
 
-def hydra_main(run: Callable[[TrainConfig], None], is_main: bool) -> None:
+def hydra_main(run: Callable[[TrainConfig], None], rank: int) -> None:
     """Parse the command line with Hydra and call ``run`` with the typed configuration.
 
-    Bad input ends every process with exit status 2; the main one prints its line.
+    Bad input ends every process with exit status 2 and one line of one of them; see :func:`one_line_errors`.
     """
     from hydra._internal.utils import get_args_parser
 
@@ -86,7 +86,7 @@ def hydra_main(run: Callable[[TrainConfig], None], is_main: bool) -> None:
         if refused:
             raise refused[0]
 
-    one_line_errors(checked, is_main)()
+    one_line_errors(checked, rank)()
 
 
 def valid_keys(schema: type = TrainConfig, prefix: str = "") -> Iterator[str]:

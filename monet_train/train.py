@@ -6,15 +6,16 @@ import sys
 
 from monet_train.config import TrainConfig
 from monet_train.configuration import hydra_main
+from monet_train.errors import one_line_errors
 from monet_train.parallel.launch import Launch, read_launch
 
 
 def main() -> None:
     """Console entry ``monet-train``: see ``monet-train --help``."""
-    launch = read_launch()
+    launch = one_line_errors(read_launch)()
     # the deepspeed launcher adds this argument to what it also says in the environment
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
-    hydra_main(lambda config: train(config, launch), is_main=launch.is_main)
+    hydra_main(lambda config: train(config, launch), launch.rank)
 
 
 def train(config: TrainConfig, launch: Launch) -> None:

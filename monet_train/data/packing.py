@@ -130,7 +130,8 @@ class DocumentStore:
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise UserError(
                 f"{piece.shard}.bin: document {piece.document} has a token outside the model's vocabulary of "
-                f"{self.vocab_size}: check the shards with `monet-data verify`, or set model.vocab_size"
+                f"{self.vocab_size}: check the shards with `monet-data verify`, or set model.vocab_size",
+                alone=True,
             )
         return tokens
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from monet_train.errors import UserError
+from monet_train.parallel.launch import COLLECTIVE_TIMEOUT
 
 
 class Topology:
@@ -21,7 +21,7 @@ class Topology:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_size,
             create_gloo_process_groups=dist.get_backend() == "gloo",
-            distributed_timeout_minutes=30,
+            distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         )
         self.tensor_group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         self.data_group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
@@ -80,10 +80,3 @@ def raise_together(error: UserError | None) -> None:
         rank, message = failed[0]
         where = "" if len(failed) == len(messages) else f" (on rank {rank})"
         raise UserError(message + where)
-
-
-def all_ranks_agree(device: torch.device, value: bool) -> bool:
-    """Whether ``value`` is true on every rank."""
-    flag = torch.tensor(int(value), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag.item())

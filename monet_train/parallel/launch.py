@@ -24,6 +24,14 @@ class Launch:
     world_size: int
     local_rank: int
     local_size: int = 1  # processes on this host, as far as the launcher tells
+    cpus: int | None = None  # that the launcher reserved for this process
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise UserError(
+                f"rank {self.rank} of {self.world_size} processes cannot be; start with torchrun, srun or the "
+                "deepspeed launcher, or unset RANK and WORLD_SIZE"
+            )
 
     @property
     def is_main(self) -> bool:
@@ -37,8 +45,10 @@ def read_launch() -> Launch:
     try:
         if "RANK" in environment and "WORLD_SIZE" in environment:
             rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            local_size = int(environment.get("LOCAL_WORLD_SIZE", 1))
-            return Launch(rank, world, int(environment.get("LOCAL_RANK", rank)), local_size)
+            local_size = (
+                environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1
+            )  # torchrun, deepspeed
+            return Launch(rank, world, int(environment.get("LOCAL_RANK", rank)), int(local_size))
         # the batch shell of sbatch also has SLURM_PROCID; only inside srun is there a step with several tasks
         if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             return Launch(
@@ -46,6 +56,7 @@ def read_launch() -> Launch:
                 int(environment["SLURM_STEP_NUM_TASKS"]),
                 int(environment["SLURM_LOCALID"]),
                 int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]),
+                int(environment["SLURM_CPUS_PER_TASK"]) if "SLURM_CPUS_PER_TASK" in environment else None,
             )
     except (KeyError, ValueError) as error:
         raise UserError(
@@ -60,24 +71,35 @@ def resolve_device(name: str, launch: Launch) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu or a CUDA build of torch")
-    if launch.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"local rank {launch.local_rank} has no GPU of its own ({torch.cuda.device_count()} visible); "
-            "start as many processes a node as it has GPUs"
+            "train.device=cuda, but torch sees no GPU; use train.device=cpu or a CUDA build of torch",
+            alone=launch.local_rank == 0,
+        )
+    visible = torch.cuda.device_count()
+    if visible == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # srun shows each task the one GPU that is its own
+        return torch.device("cuda", 0)
+    if launch.local_rank >= visible:
+        raise UserError(
+            f"local rank {launch.local_rank} has no GPU of its own ({visible} visible); "
+            "start as many processes a node as it has GPUs",
+            alone=launch.local_rank == visible,
         )
     return torch.device("cuda", launch.local_rank)
 
 
 def start_process_group(launch: Launch, device: torch.device) -> None:
     """Initialise torch.distributed: NCCL on GPUs, gloo on the CPU, over the launcher's rendezvous."""
-    if "OMP_NUM_THREADS" not in os.environ and launch.local_size > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        if launch.cpus is not None:
+            torch.set_num_threads(launch.cpus)
+        elif launch.local_size > 1:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DeepSpeed reads these, whoever launched
-    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(launch.local_rank))
+    # DeepSpeed reads these, whoever launched; LOCAL_RANK is the number of its GPU
+    number = launch.local_rank if device.index is None else device.index
+    os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(number))
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
