@@ -66,20 +66,20 @@ def is_native(implementation: str, device: torch.device) -> bool:
     return reason is None
 
 
-def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+def router_logits(x: Tensor, weight: Tensor, heads: int, implementation: str = "auto") -> Tensor:
     """Logits [T, H, E] of one router side. See :func:`plain.router_logits`.
 
     Logits from here may go straight into ``route``: on the CPU the backward pass then touches active logits only. On a
     GPU it takes the dense products: gathering rows of active logits would cost more than the work it saves.
     """
-    if x.device.type == "cpu" and _why_not_native(x.device) is None:
+    if x.device.type == "cpu" and is_native(implementation, x.device):
         return compact.router_logits(x, weight, heads)
     return plain.router_logits(x, weight, heads)
 
 
-def head_moments(z: Tensor) -> Tensor:
+def head_moments(z: Tensor, implementation: str = "auto") -> Tensor:
     """Sum and sum of squares of the logits of each head, fp64 [2, H]. See :func:`plain.head_moments`."""
-    if z.dtype == torch.float32 and _why_not_native(z.device) is None:
+    if z.dtype == torch.float32 and is_native(implementation, z.device):
         return torch.ops.monet.head_moments(z.detach())
     return plain.head_moments(z)
 

@@ -114,9 +114,10 @@ class LogitProjection(nn.Linear):
     def __init__(self, config: MonetConfig) -> None:
         super().__init__(config.hidden_size, config.moe_heads * config.moe_experts, bias=False)
         self.heads = config.moe_heads
+        self.implementation = "auto"  # of the kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.router_logits(x, self.weight, self.heads)
+        return kernels.router_logits(x, self.weight, self.heads, self.implementation)
 
 
 class Router(nn.Module):
@@ -134,9 +135,17 @@ class Router(nn.Module):
         self.norm1 = LogitStatistics(self.heads)
         self.norm2 = LogitStatistics(self.heads)
         self.mask = ExpertMask(self.heads, self.experts)
-        self.implementation = "auto"  # of kernels.route
-        # Sums a tensor over the ranks that share a micro-step; the identity in one process (see sharding.py).
+        # Sums a tensor over the ranks that share a micro-step; the identity in one process. Training replaces it.
         self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    @property
+    def implementation(self) -> str:
+        """Of the kernels: ``auto``, ``native`` or ``plain`` (see :func:`monet_train.kernels.is_native`)."""
+        return self.w1.implementation
+
+    @implementation.setter
+    def implementation(self, value: str) -> None:
+        self.w1.implementation = self.w2.implementation = value
 
     def route(
         self, x: Tensor, statistics: BatchStatistics | None = None
@@ -173,7 +182,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def _batch_statistics(self, z1: Tensor, z2: Tensor) -> BatchStatistics:
         count = z1.new_full((1,), z1.shape[0] * self.experts, dtype=torch.float64)
-        local = torch.cat([kernels.head_moments(z1).flatten(), kernels.head_moments(z2).flatten(), count])
+        moments = (kernels.head_moments(z, self.implementation) for z in (z1, z2))
+        local = torch.cat([*map(torch.flatten, moments), count])
         total = self.sum_over_batch(local)
         count = total[-1]
         first, second = (total[:-1] / count).view(2, 2, self.heads).unbind(1)

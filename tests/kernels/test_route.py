@@ -13,6 +13,8 @@ from torch import Tensor
 from monet_train import kernels
 from monet_train.errors import UserError
 from monet_train.kernels import CompactGates, DenseGates, extension, plain
+from monet_train.model.config import MonetConfig
+from monet_train.model.router import Router
 from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 
@@ -186,9 +188,16 @@ def test_auto_is_native_for_fp32_only() -> None:
     assert "native" in kernels.describe("auto", "cpu")
 
 
-def test_plain_is_plain() -> None:
-    found = case(5, 2, 16, 2)
-    assert isinstance(kernels.route(found.z.float(), found.threshold.float(), "plain"), DenseGates)
+def test_plain_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MonetConfig(hidden_size=8, num_attention_heads=2, moe_heads=2, moe_experts=16, moe_topk=2)
+    router = Router(config).train()
+    router.implementation = "plain"
+    monkeypatch.setattr(torch.ops, "monet", None)  # no native operation can be called
+    gates, _, statistics = router.route(torch.randn(5, 8))
+    assert isinstance(gates, DenseGates)
+    gates.total().sum().backward()
+    assert router.w1.weight.grad is not None
+    assert statistics is not None
     assert "plain" in kernels.describe("plain", "cpu")
 
 
