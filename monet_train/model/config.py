@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,9 @@ class MonetConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0")
         if self.moe_decompose not in DECOMPOSITIONS:
             raise UserError(
                 f"model.moe_decompose={self.moe_decompose!r} is unknown; use one of {', '.join(DECOMPOSITIONS)}"

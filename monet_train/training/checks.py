@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from monet_train.config import TrainConfig
@@ -15,9 +16,9 @@ CHOICES = {
     "train.device": ("auto", "cpu", "cuda"),
     "zero.stage": (0, 1, 2, 3),
     "logging.wandb.mode": ("offline", "online", "disabled"),
-    "kernels": ("auto", "native", "plain"),
 }
 AT_LEAST = {
+    "train.seed": 0,
     "train.seq_length": 1,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 1,
@@ -46,12 +47,17 @@ def check_config(config: TrainConfig, launch: Launch) -> None:
             raise UserError(f"{key}={value} is unknown; use one of {', '.join(map(str, choices))}")
     for key, least in AT_LEAST.items():
         value = _get(config, key)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} must be at least {least}")
-    if config.optimizer.clip <= 0:
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{key}={value} must be a number of at least {least}")
+    if not 0 < config.optimizer.clip < math.inf:
         raise UserError(f"optimizer.clip={config.optimizer.clip} must be above 0; use a large number not to clip")
-    if len(config.optimizer.betas) != 2:
-        raise UserError(f"optimizer.betas={config.optimizer.betas} must be two numbers, as [0.9,0.95]")
+    if not 0 < config.optimizer.eps < math.inf:
+        raise UserError(f"optimizer.eps={config.optimizer.eps} must be above 0, as 1e-8")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas={list(betas)} must be two numbers from 0 to below 1, as [0.9,0.95]")
+    if config.schedule.final > 1:
+        raise UserError(f"schedule.final={config.schedule.final} must be at most 1: it is a share of optimizer.lr")
     if config.train.max_steps is None and config.train.max_tokens is None:
         raise UserError("train.max_steps or train.max_tokens must be given")
     config.model.validate()
@@ -73,7 +79,10 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     """Refuse a world that does not divide and a global batch that the ranks cannot make."""
     tensor = config.parallel.tensor
     if world_size % tensor:
-        raise UserError(f"parallel.tensor={tensor} does not divide the {world_size} processes that were started")
+        raise UserError(
+            f"parallel.tensor={tensor} does not divide the {world_size} processes that were started: start a multiple "
+            f"of {tensor}, or use one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
+        )
     micro_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tensor)
 
 

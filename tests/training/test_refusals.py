@@ -59,6 +59,14 @@ BAD_CONFIGURATIONS = {
     "ZeRO stage that is not there": ("zero.stage=5", "zero.stage=5", "use one of 0, 1, 2, 3"),
     "sequence parallelism": ("parallel.sequence=true", "parallel.sequence=true", "use parallel.sequence=false"),
     "no length": ("train.max_steps=null", "train.max_steps", "train.max_tokens must be given"),
+    "seed below 0": ("train.seed=-1", "train.seed=-1", "at least 0"),
+    "learning rate that is no number": ("optimizer.lr=nan", "optimizer.lr=nan", "a number of at least 0"),
+    "clipping at no number": ("optimizer.clip=nan", "optimizer.clip=nan", "above 0"),
+    "no epsilon": ("optimizer.eps=-1", "optimizer.eps=-1", "above 0"),
+    "momentum for ever": ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0]", "below 1"),
+    "rising rate": ("schedule.final=5", "schedule.final=5", "at most 1"),
+    "norm without epsilon": ("model.rms_norm_eps=-1", "model.rms_norm_eps=-1", "above 0"),
+    "kernels that are not there": ("kernels=fast", "kernels=fast", "auto, native, plain"),
     "no steps": ("train.max_steps=0", "train.max_steps=0", "at least 1"),
     "experts that cannot be chosen": ("model.moe_topk=64", "model.moe_topk=64", "less than model.moe_experts=64"),
     "no data": ("data.path=???", "data.path", "monet-data shards"),
@@ -90,6 +98,7 @@ def test_processes_that_tensor_parallelism_does_not_divide(shards: Path, tmp_pat
     three = Launch(rank=0, world_size=3, local_rank=0)
     message = refusal([*overrides(tmp_path / "run", shards), "parallel.tensor=2"], three)
     assert "parallel.tensor=2 does not divide the 3 processes" in message
+    assert "use one of 1, 3" in message
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -228,6 +237,25 @@ def test_all_ranks_end_when_one_refuses(trained: Path, shards: Path, tmp_path: P
     (line,) = error_lines(printed[0] + printed[1])
     assert f"run.dir={run} is being trained" in line
     assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_a_rank_tells_what_it_alone_may_have(shards: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "monet_train.train", *overrides(tmp_path / "run", shards), "train.device=cuda"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "Traceback" not in done.stderr
+    assert "rank 1: error: train.device=cuda, but torch sees no GPU" in done.stderr
+
+
+@pytest.mark.parametrize(("rank", "world"), [("0", "x"), ("2", "2")])
+def test_launcher_that_says_nonsense(rank: str, world: str) -> None:
+    environment = os.environ | {"RANK": rank, "WORLD_SIZE": world}
+    command = [sys.executable, "-m", "monet_train.train", "data.path=shards"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == EXIT_BAD_INPUT
+    (line,) = error_lines(done.stderr)
+    assert "unset RANK and WORLD_SIZE" in line
 
 
 def refusal(command: list[str], launch: Launch = ALONE) -> str:
