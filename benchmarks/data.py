@@ -297,8 +297,10 @@ def load(arguments: argparse.Namespace) -> None:
     for i in range(1000):
         corpus.train[i]
     print(f"  {(time.perf_counter() - started) * 1e3:.1f} us a sequence of {SEQUENCE} tokens")
-    batches = MicroBatches(corpus.train, global_batch_size=32, micro_batch_size=8, data_rank=0, data_size=1)
     steps = 20
+    batches = MicroBatches(
+        corpus.train, steps=steps + 1, global_batch_size=32, micro_batch_size=8, data_rank=0, data_size=1
+    )
     for step in range(steps + 1):
         if step == 1:
             batches.wait_seconds = 0.0  # the first batch has nobody to read it ahead

@@ -62,23 +62,8 @@ def collate(sequences: list[Sequence]) -> Batch:
     )
 
 
-def micro_batches(
-    dataset: torch.utils.data.Dataset[Sequence],
-    *,
-    step: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-) -> Iterator[Batch]:
-    """The micro-batches of one step on one data rank, read as they are asked for."""
-    for micro_step in range(micro_steps(global_batch_size, micro_batch_size, data_size)):
-        where = indices(step, micro_step, global_batch_size, micro_batch_size, data_rank, data_size)
-        yield collate([dataset[i] for i in where])
-
-
 class MicroBatches:
-    """The same micro-batches, read ahead by a thread. Steps may be asked for in any order; going on is fast.
+    """The micro-batches of a data rank, read ahead by a thread. Steps may be asked for in any order; going on is fast.
 
     ``wait_seconds`` adds up the time that the caller waited for data.
     """
@@ -87,13 +72,14 @@ class MicroBatches:
         self,
         dataset: torch.utils.data.Dataset[Sequence],
         *,
+        steps: int,
         global_batch_size: int,
         micro_batch_size: int,
         data_rank: int,
         data_size: int,
         ahead: int = 4,
     ) -> None:
-        """``ahead``: micro-batches read in advance, at most.
+        """``steps``: how many there are; ``ahead``: micro-batches read in advance, at most.
 
         Raises:
             UserError: the ranks cannot make the global batch.
@@ -103,6 +89,7 @@ class MicroBatches:
         self._dataset = dataset
         self._layout = (global_batch_size, micro_batch_size, data_rank, data_size)
         self._ahead = ahead
+        self._end = steps * self.micro_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._queue: deque[tuple[int, Future[Batch]]] = deque()  # (micro-step of the run, its batch)
 
@@ -123,7 +110,7 @@ class MicroBatches:
                 future.cancel()
             self._queue.clear()
         following = self._queue[-1][0] + 1 if self._queue else number
-        for later in range(following, number + self._ahead + 1):
+        for later in range(following, min(number + self._ahead + 1, self._end)):
             self._queue.append((later, self._thread.submit(self._read, later)))
         batch = self._queue.popleft()[1].result()
         self.wait_seconds += time.perf_counter() - started

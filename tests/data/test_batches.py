@@ -5,34 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 
-from monet_train.data.batches import MicroBatches, micro_batches
+from monet_train.data.batches import Batch, MicroBatches, collate, indices
 from monet_train.data.packing import Sequence
 from monet_train.errors import UserError
 
 
 class Numbered(torch.utils.data.Dataset[Sequence]):
-    """Sequence i consists of i."""
+    """Sequence i consists of i; ``read`` notes which were."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
 
     def __getitem__(self, index: int) -> Sequence:
+        self.read.append(index)
         return Sequence(torch.full((9,), index), torch.full((8,), -index), None)
 
 
 def layout(global_batch: int, micro_batch: int, data_size: int, step: int) -> list[list[int]]:
     """For each micro-step the sequences of all ranks."""
-    ranks = [
-        [
-            batch.tokens[:, 0].tolist()
-            for batch in micro_batches(
-                Numbered(),
-                step=step,
-                global_batch_size=global_batch,
-                micro_batch_size=micro_batch,
-                data_rank=rank,
-                data_size=data_size,
-            )
-        ]
-        for rank in range(data_size)
-    ]
+    ranks = []
+    for rank in range(data_size):
+        shape = {"global_batch_size": global_batch, "micro_batch_size": micro_batch, "data_size": data_size}
+        batches = MicroBatches(Numbered(), steps=step + 1, data_rank=rank, **shape)
+        ranks.append([batch.tokens[:, 0].tolist() for batch in batches.of(step)])
+        batches.close()
     return [[i for rank in ranks for i in rank[j]] for j in range(len(ranks[0]))]
 
 
@@ -44,16 +40,29 @@ def test_a_micro_step_holds_the_same_sequences_on_every_topology() -> None:
 
 def test_reading_ahead_changes_nothing() -> None:
     shape = {"global_batch_size": 12, "micro_batch_size": 2, "data_rank": 1, "data_size": 2}
-    ahead = MicroBatches(Numbered(), **shape)
+    ahead = MicroBatches(Numbered(), steps=8, **shape)
+
+    def read_now(step: int) -> list[Batch]:
+        return [collate([Numbered()[i] for i in indices(step, j, *shape.values())]) for j in range(3)]
+
     try:
         for step in (0, 1, 2, 7, 3, 4):  # also jumps, as after a resume or a skipped step
-            for batch, expected in zip(ahead.of(step), micro_batches(Numbered(), step=step, **shape), strict=True):
+            for batch, expected in zip(ahead.of(step), read_now(step), strict=True):
                 assert torch.equal(batch.tokens, expected.tokens)
                 assert torch.equal(batch.segment_ids, expected.segment_ids)
                 assert batch.positions is None and batch.tokens.dtype == torch.int64
     finally:
         ahead.close()
     assert ahead.wait_seconds > 0
+
+
+def test_nothing_is_read_beyond_the_last_step() -> None:
+    dataset = Numbered()
+    ahead = MicroBatches(dataset, steps=3, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1, ahead=4)
+    for step in range(3):
+        list(ahead.of(step))
+    ahead.close()
+    assert dataset.read == list(range(12))
 
 
 def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
@@ -63,7 +72,7 @@ def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
                 raise UserError("bad shard")
             return super().__getitem__(index)
 
-    ahead = MicroBatches(Broken(), global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1)
+    ahead = MicroBatches(Broken(), steps=2, global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1)
     assert len(list(ahead.of(0))) == 1
     with pytest.raises(UserError, match="bad shard"):
         list(ahead.of(1))
