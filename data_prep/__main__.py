@@ -130,13 +130,13 @@ def build_parser() -> Parser:
     kind.add_argument(
         "--existing", type=local, metavar="TOKENIZER", help="take one as `shards --tokenizer` does, and report"
     )
-    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    tokenizer.add_argument("--model-type", choices=("bpe", "unigram"), help="default: bpe")
     tokenizer.add_argument(
         "--sample-bytes", type=positive, default=100_000_000, help="text to learn from, spread over all files (100M)"
     )
     tokenizer.add_argument(
-        "--normalization", default="identity", choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),
-        help="SentencePiece's rule (identity: the text comes back as it was)",
+        "--normalization", choices=("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"),
+        help="SentencePiece's rule (default: identity, the text comes back as it was)",
     )  # fmt: skip
     tokenizer.add_argument("--out", type=local, required=True, help="folder for tokenizer.model and report.json")
 
@@ -206,11 +206,14 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
     """``monet-data tokenizer``."""
     from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
 
+    for option in ("model_type", "normalization"):
+        if arguments.existing and getattr(arguments, option):
+            raise UserError(f"--{option.replace('_', '-')} is for training: leave it out with --existing")
     options = TokenizerOptions(
         arguments.vocab_size,
-        arguments.model_type,
+        arguments.model_type or "bpe",
         arguments.sample_bytes,
-        arguments.normalization,
+        arguments.normalization or "identity",
         arguments.existing,
     )
     report = make_tokenizer(read_recipe(arguments), options, arguments.out)

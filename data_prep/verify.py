@@ -67,10 +67,9 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
 def _has_special_tokens(tokenizer: Path, record: TokenizerRecord) -> bool:
     """Whether the tokenizer has the manifest's special tokens: a file beside a ``tokenizer.json`` may name them."""
     try:
-        found = load_tokenizer(tokenizer).record
+        return load_tokenizer(tokenizer).record == record
     except UserError:
         return False
-    return (found.eos_id, found.bos_id, found.unk_id) == (record.eos_id, record.bos_id, record.unk_id)
 
 
 def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
