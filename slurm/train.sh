@@ -1,9 +1,9 @@
 # Sourced by train_*.sh:   source slurm/train.sh MODEL [hydra overrides]
 #
 # One task a GPU, started by srun: ranks come from Slurm, a dead task ends the job at once, signals reach every rank.
-# Before the time limit (--signal=B:USR1@300) and on preemption the ranks finish their step, save and end, and the job
-# is put back into the queue; the same command then goes on from the newest checkpoint. A node that dies does the same
-# through Slurm's own requeue, from the last checkpoint.
+# Before the time limit (--signal=B:USR1@300) the ranks finish their step, save and end, and the job is put back into the
+# queue; the same command then goes on from the newest checkpoint. On preemption and after a node died Slurm itself does
+# that (--requeue). scancel ends the job for good; the ranks save then too, if KillWait leaves them the time.
 set -euo pipefail
 
 # A batch script runs from Slurm's copy of it, so paths are those of the submission.
@@ -15,20 +15,13 @@ shift
 overrides=("$@")
 if [[ " $* " != *" model="* ]]; then overrides=("model=$model" "${overrides[@]}"); fi
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
-
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
 srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" monet-train "${overrides[@]}" &
 step=$!
 
 stopping=""
-forward() {
-  stopping=yes
-  kill -USR1 "$step"
-}
-trap forward USR1 TERM
+trap 'stopping=yes; kill -USR1 "$step"' USR1
+trap 'kill -USR1 "$step"' TERM
 
 # wait returns early when a trapped signal arrives
 status=0

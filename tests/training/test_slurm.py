@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,35 +20,54 @@ STEPS = 60  # long enough that a signal sent after the first steps arrives befor
 TWO_SMALL_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
 
 
+@dataclass
+class Job:
+    """A training that was submitted."""
+
+    slurm: dict[str, str]
+    overrides: list[str]
+    folder: Path
+    number: str = ""
+
+    def __post_init__(self) -> None:
+        self.log, self.run = self.folder / "job.log", self.folder / "run"
+        script = REPOSITORY / "slurm" / "train_850m.sh"
+        command = ["sbatch", "--parsable", *TWO_SMALL_NODES, f"--output={self.log}", script, *self.overrides]
+        self.number = self.ask(*command, f"run.dir={self.run}").strip()
+
+    def ask(self, *command: str | Path) -> str:
+        environment = self.slurm | {
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{Path(sys.executable).parent}:{self.slurm['PATH']}",
+        }
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def state(self) -> str:
+        return self.ask("scontrol", "show", "job", self.number)
+
+    def wait_for(self, what: Callable[[], object]) -> None:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not what():
+            assert time.monotonic() < deadline, self.log.read_text() if self.log.exists() else self.state()
+            time.sleep(0.2)
+
+    def wait_for_steps(self, least: int) -> None:
+        self.wait_for(lambda: (self.run / "metrics.jsonl").exists() and len(records(self.run)) >= least)
+
+
 @pytest.mark.distributed
 def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     slurm: dict[str, str], shards: Path, tmp_path: Path
 ) -> None:
     overrides = ["model=nano", *TINY, f"data.path={shards}", f"train.max_steps={STEPS}"]
-    environment = slurm | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{slurm['PATH']}"}
+    job = Job(slurm, overrides, tmp_path)
+    job.wait_for_steps(2)
+    job.ask("scancel", "--signal=USR1", "--batch", job.number)
+    job.wait_for(lambda: "JobState=COMPLETED" in (state := job.state()) or "FAILED" in state)
 
-    def run(*command: str | Path) -> str:
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def wait_for(what: Callable[[], object]) -> None:
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not what():
-            assert time.monotonic() < deadline, log.read_text() if log.exists() else run("squeue", "--long")
-            time.sleep(0.2)
-
-    log, job_run = tmp_path / "job.log", tmp_path / "job"
-    script = REPOSITORY / "slurm" / "train_850m.sh"
-    submitted = run(
-        "sbatch", "--parsable", *TWO_SMALL_NODES, f"--output={log}", script, *overrides, f"run.dir={job_run}"
-    )
-    job = submitted.strip()
-    wait_for(lambda: (job_run / "metrics.jsonl").exists() and len(records(job_run)) >= 2)
-    run("scancel", "--signal=USR1", "--batch", job)
-    wait_for(lambda: "JobState=COMPLETED" in (shown := run("scontrol", "show", "job", job)) or "FAILED" in shown)
-
-    state, text = run("scontrol", "show", "job", job), log.read_text()
+    state, text = job.state(), job.log.read_text()
     assert "JobState=COMPLETED" in state, text
     assert "Restarts=1" in state, text
     assert "start 1: 2 tasks" in text
@@ -56,5 +76,19 @@ def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     assert 2 <= int(resumed_after) < STEPS
 
     train([*overrides, f"run.dir={tmp_path / 'plain'}"], processes=2)
-    assert [record["step"] for record in records(job_run)] == list(range(1, STEPS + 1))
-    assert records(job_run) == records(tmp_path / "plain")
+    assert [record["step"] for record in records(job.run)] == list(range(1, STEPS + 1))
+    assert records(job.run) == records(tmp_path / "plain")
+
+
+@pytest.mark.distributed
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(slurm: dict[str, str], shards: Path, tmp_path: Path) -> None:
+    job = Job(slurm, ["model=nano", *TINY, f"data.path={shards}", "train.max_steps=100000"], tmp_path)
+    job.wait_for_steps(2)
+    job.ask("scancel", job.number)
+    job.wait_for(lambda: "EndTime" in (state := job.state()) and "COMPLETING" not in state and "RUNNING" not in state)
+
+    state, text = job.state(), job.log.read_text()
+    assert "JobState=CANCELLED" in state, text
+    assert "Restarts=0" in state, text
+    assert "back into the queue" not in text
+    assert (job.run / "checkpoints" / "latest").exists(), text
