@@ -31,7 +31,9 @@ class DataConfig:
     validation_fraction: float = 0.01  # share of the documents held out
     reset_attention: bool = False  # tokens attend only within their document
     reset_positions: bool = False  # positions start at 0 in each document
-    cache_dir: str | None = None  # index cache; None: beside the first shard folder, else in the run folder
+    cache_dir: str | None = (
+        None  # index cache; None: in the first shard folder, or in the run folder if that cannot be written
+    )
 
 
 @dataclass

@@ -26,6 +26,7 @@ CONFIG = "config.json"
 SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SHARDED_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LATEST = "latest"
+WHOLE = "copy the whole checkpoint again, or give another"
 
 # Fields of a published config.json that are the same for every Monet.
 COMMON_FIELDS: dict[str, Any] = {
@@ -82,11 +83,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file} is missing") from None
+        raise UserError(f"{file} is missing: {WHOLE}") from None
     except ValueError as error:  # broken JSON, or not text at all
-        raise UserError(f"{file} is not valid JSON: {error}") from None
+        raise UserError(f"{file} is not valid JSON ({error}): {WHOLE}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object")
+        raise UserError(f"{file} holds no JSON object: {WHOLE}")
     return values
 
 
@@ -159,7 +160,7 @@ def _weights_entry(folder: Path) -> Path:
     for name in (SINGLE_WEIGHTS[0], SHARDED_WEIGHTS[0], SINGLE_WEIGHTS[1], SHARDED_WEIGHTS[1]):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"{folder} holds no weights ({SINGLE_WEIGHTS[0]} or {SHARDED_WEIGHTS[0]})")
+    raise UserError(f"{folder} holds no weights ({SINGLE_WEIGHTS[0]} or {SHARDED_WEIGHTS[0]}): {WHOLE}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -168,11 +169,11 @@ def _weight_files(folder: Path) -> list[Path]:
         return [entry]
     weight_map = read_json(entry).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{entry} has no weight_map")
+        raise UserError(f"{entry} has no weight_map: {WHOLE}")
     files = [folder / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} is missing, but {entry.name} lists it")
+            raise UserError(f"{file} is missing, but {entry.name} lists it: {WHOLE}")
     return files
 
 
@@ -183,4 +184,4 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         first_line = str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read (truncated?): {first_line}") from None
+        raise UserError(f"{file} cannot be read (truncated?): {first_line}: {WHOLE}") from None

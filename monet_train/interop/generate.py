@@ -153,7 +153,9 @@ def main() -> None:
             f"--prompt has {len(prompt)} tokens, the model reads {model.config.max_position_embeddings}; shorten it"
         )
     if max(prompt) >= model.config.vocab_size:
-        raise UserError(f"{tokenizer_file} is not the tokenizer of {folder}: its ids exceed the vocabulary")
+        raise UserError(
+            f"{tokenizer_file} is not the tokenizer of {folder} (its ids exceed the vocabulary): give --tokenizer"
+        )
 
     end = special_token_ids(tokenizer_file)["eos"]
     tokens = generate_tokens(

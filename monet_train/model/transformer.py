@@ -122,8 +122,9 @@ class RoutingGroup:
 class MonetForCausalLM(nn.Module):
     """A Monet language model. Parameter and buffer names are those of the published state dict.
 
-    ``cross_entropy`` and ``gather_logits`` are replaced where the vocabulary is split over ranks, ``sum_over_batch``
-    where ranks share a micro-step: see :mod:`monet_train.model.sharding`.
+    ``cross_entropy`` and ``gather_logits`` are replaced where the vocabulary is split over ranks
+    (:mod:`monet_train.model.sharding`), ``sum_over_batch`` where ranks share a micro-step
+    (:mod:`monet_train.training.setup`).
     """
 
     def __init__(self, config: MonetConfig) -> None:

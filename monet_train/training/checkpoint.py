@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from monet_train.errors import UserError
+from monet_train.errors import FULL, UserError
 from monet_train.interop.checkpoint import published_config
 from monet_train.model.config import MonetConfig
 from monet_train.parallel.groups import raise_together
@@ -59,7 +61,23 @@ class CheckpointFolder:
         self.zero_stage, self.tokenizer_file = zero_stage, tokenizer_file
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of ``trainer``. Every rank calls it; a run killed meanwhile keeps the one before."""
+        """Write a checkpoint of ``trainer``. Every rank calls it; a run killed meanwhile keeps the one before.
+
+        Raises:
+            UserError: the disk is full, for this rank at least.
+        """
+        try:
+            self._save(trainer)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_full(error):
+                raise
+            raise UserError(
+                f"{self.path} cannot be written, the disk is full: make room (see checkpoint.keep) "
+                "and run the same command again, which goes on from the checkpoint before",
+                alone=True,
+            ) from None
+
+    def _save(self, trainer: Trainer) -> None:
         name = f"{PREFIX}{trainer.step:08d}"
         partial = self.path / f"partial_{name}"
         final = self.path / name
@@ -142,6 +160,14 @@ class CheckpointFolder:
         if self.keep is not None:
             for folder in others[: max(0, len(others) - self.keep + 1)]:
                 shutil.rmtree(folder)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a failed write met a full disk. torch and safetensors say so in their own words."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    words = "No space left|Disk quota exceeded|file write failed|PytorchStreamWriter|inline_container"
+    return re.search(words, str(error)) is not None
 
 
 def completed(folder: Path) -> list[Path]:

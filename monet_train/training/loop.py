@@ -58,9 +58,9 @@ class Trainer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for callback in reversed(self.callbacks):
-            callback.close()
-        self._resources.close()
+        for callback in self.callbacks:
+            self._resources.callback(callback.close)
+        self._resources.close()  # all of it, in reverse order, also where one fails
 
     def fit(self) -> None:
         """Train to the last step. A stop signal ends it early with status :data:`EXIT_STOPPED`, after saving.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from monet_train import kernels
 from monet_train.config import TrainConfig
@@ -76,10 +77,11 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
+    _agree(lambda: _check_newest(config, folder, resume))
 
     model = build_model(config, topology, device)
     engine = build_engine(model, config, topology)
-    batches = _micro_batches(corpus.train, config.train.global_batch_size, config, topology)
+    batches = _micro_batches(corpus.train, config.train.global_batch_size, steps, config, topology)
     resources.callback(batches.close)
     trainer = Trainer(
         engine=engine,
@@ -153,6 +155,16 @@ def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
     )
 
 
+def _check_newest(config: TrainConfig, folder: Path, resume: Path | None) -> None:
+    """Refuse to start from what is not the newest checkpoint for the main rank, now that the folder is locked."""
+    newest = [find_resume(config.checkpoint.resume, folder / "checkpoints")]
+    dist.broadcast_object_list(newest, src=0)
+    if newest[0] != resume:
+        raise UserError(
+            f"{newest[0]} was written while this run started, or is not seen by all hosts yet: run the command again"
+        )
+
+
 def _agree(check: Any) -> Any:
     """Run ``check`` on every rank; if any rank refuses, all do, so that none waits for the others."""
     result, error = None, None
@@ -164,9 +176,10 @@ def _agree(check: Any) -> Any:
     return result
 
 
-def _micro_batches(dataset: Any, sequences: int, config: TrainConfig, topology: Topology) -> MicroBatches:
+def _micro_batches(dataset: Any, sequences: int, steps: int, config: TrainConfig, topology: Topology) -> MicroBatches:
     return MicroBatches(
         dataset,
+        steps=steps,
         global_batch_size=sequences,
         micro_batch_size=config.train.micro_batch_size,
         data_rank=topology.data_rank,
@@ -214,7 +227,7 @@ def _callbacks(
         micro_step = topology.data_size * config.train.micro_batch_size
         available = len(corpus.valid)
         sequences = max(1, min(config.eval.sequences, available) // micro_step) * micro_step
-        evaluation = _micro_batches(corpus.valid, sequences, config, topology)
+        evaluation = _micro_batches(corpus.valid, sequences, 1, config, topology)
         callbacks.append(Evaluation(evaluation, config.eval.every))
     return [*callbacks, Checkpointing(checkpoints, config.checkpoint.every)]
 
@@ -222,10 +235,10 @@ def _callbacks(
 def _announce(
     config: TrainConfig, trainer: Trainer, corpus: Corpus, topology: Topology, device: torch.device, resume: Path | None
 ) -> None:
-    parameters = training_flops_per_token(config.model, config.train.seq_length)
+    flops = training_flops_per_token(config.model, config.train.seq_length)
     print(
         f"{config.run.name}: {topology.data_size} data x {topology.tensor_size} tensor ranks on {device.type}, "
-        f"ZeRO {config.zero.stage}, {config.train.precision}, {parameters / 1e6:,.0f} MFLOP a token; "
+        f"ZeRO {config.zero.stage}, {config.train.precision}, {flops / 1e6:,.0f} MFLOP a token; "
         f"{kernels.describe(config.kernels, device.type)}; "
         + (f"goes on after step {trainer.step} ({resume})" if resume else f"starts in {Path(config.run.dir)}"),
         flush=True,
