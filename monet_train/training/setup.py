@@ -77,7 +77,10 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
-    _agree(lambda: _check_newest(config, folder, resume))
+    # Again under the lock: another run may have saved meanwhile, and hosts may see a shared folder differently.
+    newest = [_agree(lambda: find_resume(config.checkpoint.resume, folder / "checkpoints"))]
+    dist.broadcast_object_list(newest, src=0)
+    _agree(lambda: _check_newest(newest[0], resume))
 
     model = build_model(config, topology, device)
     engine = build_engine(model, config, topology)
@@ -155,13 +158,11 @@ def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
     )
 
 
-def _check_newest(config: TrainConfig, folder: Path, resume: Path | None) -> None:
-    """Refuse to start from what is not the newest checkpoint for the main rank, now that the folder is locked."""
-    newest = [find_resume(config.checkpoint.resume, folder / "checkpoints")]
-    dist.broadcast_object_list(newest, src=0)
-    if newest[0] != resume:
+def _check_newest(newest: Path | None, resume: Path | None) -> None:
+    if newest != resume:
         raise UserError(
-            f"{newest[0]} was written while this run started, or is not seen by all hosts yet: run the command again"
+            f"{newest or resume} came or went while this run started, or not all hosts see it yet: run the command "
+            "again"
         )
 
 

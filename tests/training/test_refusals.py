@@ -193,6 +193,23 @@ def test_folder_that_another_training_holds(trained: Path, shards: Path) -> None
     assert contents(trained) == before
 
 
+def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 3 * sum(map(len, contents(trained).values())) // 2  # of one checkpoint and a half
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        run = disk / "run"
+        done = train([*overrides(run, shards), "train.max_steps=2", "checkpoint.every=1"], check=False)
+        assert done.returncode == EXIT_BAD_INPUT
+        (line,) = error_lines(done.stderr)
+        assert f"{run / 'checkpoints'} cannot be written, the disk is full: make room" in line
+        assert (run / "checkpoints" / "latest").read_text() == "step_00000001\n"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
     bad, *fragments = BAD_CONFIGURATIONS["misspelt key"]
     done = train([*overrides(tmp_path / "run", shards), bad], check=False)
