@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +23,12 @@ import filelock
 import numpy as np
 import torch
 
+from data_prep.files import sync, write_whole
 from monet_train.data.megatron import IndexedDataset, helpers
 from monet_train.data.shards import Shard
 from monet_train.errors import UserError
 
+UNREADABLE = (OSError, EOFError, ValueError)  # what numpy and json raise for files that are cut short or damaged
 OPEN_SHARDS = 256  # memory maps held open at once; each costs file descriptors
 CACHE_FROM_DOCUMENTS = 1_000_000  # smaller indices are built in memory in well under a second
 
@@ -222,35 +225,38 @@ def epoch_seed(seed: int, epoch: int) -> int:
 class IndexCache:
     """Epoch indices as memory-mapped files, so that the processes of a node share them.
 
-    Each is written under a temporary name and renamed: processes that race (also on a file system without
-    locks) at worst do the same work twice; the lock spares them that.
+    Each is written under a temporary name, fsynced and renamed: processes that race (also on a file system without
+    locks) at worst do the same work twice; the lock spares them that. One that cannot be read is built again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def load(self, key: str, build: Callable[[], EpochIndex]) -> EpochIndex:
-        """The index of ``key``, built if nobody has yet."""
+        """The index of ``key``, built if nobody has yet or if what is there is damaged."""
         final = self._path(key)
-        if not final.is_dir():
-            with _node_lock(final.with_suffix(".lock")):
-                if not final.is_dir():
-                    self._write(final, build())
-        return EpochIndex(*(np.load(final / f"{name}.npy", mmap_mode="r") for name in EpochIndex._fields))
+        with contextlib.suppress(*UNREADABLE):
+            return _read_epoch(final)
+        with _node_lock(final.with_suffix(".lock")):
+            with contextlib.suppress(*UNREADABLE):  # another process was first
+                return _read_epoch(final)
+            with _mendable(self.folder), contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(final)
+            self._write(final, build())
+        return _read_epoch(final)
 
     def load_facts(self, key: str, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Small facts (JSON) that take a pass over the index to find."""
         final = self._path(key).with_suffix(".json")
-        if not final.is_file():
-            facts = build()
-            with _mendable(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # a file in a temporary folder has the mode of any new file, a temporary file is its owner's alone
-                with tempfile.TemporaryDirectory(dir=self.folder, suffix=".tmp") as temporary:
-                    written = Path(temporary) / final.name
-                    written.write_text(json.dumps(facts))
-                    written.replace(final)
-        return json.loads(final.read_text())
+        with contextlib.suppress(*UNREADABLE):
+            facts = json.loads(final.read_text())
+            if isinstance(facts, dict):
+                return facts
+        facts = build()
+        with _mendable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(final, json.dumps(facts).encode(), writer=f".{uuid.uuid4().hex}")
+        return facts
 
     def _path(self, key: str) -> Path:
         return self.folder / hashlib.sha256(key.encode()).hexdigest()[:24]
@@ -261,13 +267,28 @@ class IndexCache:
             try:
                 for name, array in index._asdict().items():
                     np.save(temporary / f"{name}.npy", array)
+                    sync(temporary / f"{name}.npy")
                 temporary.chmod(0o755)
+                sync(temporary)
                 temporary.rename(final)
+                sync(self.folder)
             except OSError:
                 if not final.is_dir():  # otherwise another process was first, with the same contents
                     raise
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _read_epoch(folder: Path) -> EpochIndex:
+    """Map the arrays of an index.
+
+    Raises:
+        OSError, EOFError, ValueError: a file is not there or cannot be read, or the arrays do not fit together.
+    """
+    index = EpochIndex(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in EpochIndex._fields))
+    if index.samples.shape != (len(index.order) + 1, 2) or index.samples[-1, 0] >= len(index.documents):
+        raise ValueError(f"{folder}: samples {index.samples.shape}, order {index.order.shape}")
+    return index
 
 
 @contextlib.contextmanager

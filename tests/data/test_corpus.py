@@ -290,6 +290,41 @@ def test_processes_that_race_for_the_index_cache_read_the_same(
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("damage", ["emptied", "cut", "another", "gone"])
+def test_a_damaged_index_cache_is_built_again_once(damage: str, tmp_path: Path) -> None:
+    lengths = np.full(50, 20, dtype=np.int32)
+    wanted = packing.build_epoch(lengths, np.arange(50), S, 3)
+    built = []
+
+    def build() -> packing.EpochIndex:
+        built.append(1)
+        return wanted
+
+    cache = packing.IndexCache(tmp_path)
+    cache.load("key", build)
+    for name in packing.EpochIndex._fields:
+        (file,) = tmp_path.glob(f"*/{name}.npy")
+        if damage == "another":
+            np.save(file, np.arange(3))
+        elif damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: 0 if damage == "emptied" else -8])
+        for _ in range(2):
+            assert all(np.array_equal(a, b) for a, b in zip(cache.load("key", build), wanted, strict=True))
+    assert len(built) == 4 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"documents', b"[]", b"\xff"])
+def test_damaged_facts_are_counted_again(content: bytes, tmp_path: Path) -> None:
+    cache = packing.IndexCache(tmp_path)
+    cache.load_facts("key", lambda: {"documents": 3})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert cache.load_facts("key", lambda: {"documents": 3}) == {"documents": 3}
+    assert cache.load_facts("key", lambda: pytest.fail("counted again")) == {"documents": 3}
+
+
 def test_cached_facts_can_be_read_by_those_whom_the_umask_allows(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
