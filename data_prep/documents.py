@@ -21,6 +21,8 @@ from data_prep.sources import FileEntry, Part, open_hub
 from monet_train.errors import UserError
 
 CHUNK_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"  # some editors put it before a text in UTF-8
+LONE_SURROGATE = "\ud800"  # stands for bytes that are no UTF-8: a document with it is rejected for that
 ROWS_PER_CHUNK = 256
 
 
@@ -85,12 +87,12 @@ def parse(chunk: Chunk) -> Parsed:
             sieve.add(_read_file(entry), 0, [given.get(label) for label in LABELS], file=entry.path)
     elif isinstance(chunk.payload, bytes):
         plain = chunk.part.kind == "txt"
-        line: bytes
-        for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first):
+        payload: bytes = chunk.payload.removeprefix(BOM) if chunk.first == 1 else chunk.payload
+        for number, line in enumerate(payload.split(b"\n"), chunk.first):
             if not line or line.isspace():
                 continue
             if plain:
-                sieve.add(line, number, [None] * len(LABELS))
+                sieve.add(line.removesuffix(b"\r"), number, [None] * len(LABELS))
             else:
                 sieve.add_record(_json(line), number)
     else:
@@ -123,6 +125,9 @@ class _Sieve:
             name = record.get(source.id)
             if name is None:
                 return self.reject(line, f"no field {source.id!r}")
+            if isinstance(name, bool) or not isinstance(name, str | int):
+                kind = type(name).__name__  # orjson takes a whole number beyond 64 bits for a float
+                return self.reject(line, f"the id is a {kind}, not a string or a whole number below 2^64")
             name = str(name)
             if _utf8_bytes(name) is None:
                 return self.reject(line, "invalid UTF-8")
@@ -200,7 +205,7 @@ def _json(line: bytes) -> Any:
 def _read_file(entry: FileEntry) -> bytes:
     try:
         with open_source(entry.path) as stream:
-            return stream.read(ENORMOUS_BYTES + 1)
+            return stream.read(ENORMOUS_BYTES + 1).removeprefix(BOM)
     except READ_ERRORS as error:
         raise unreadable(entry.path, error) from None
 
@@ -275,22 +280,21 @@ def _read_parquet(part: Part) -> Iterator[Chunk]:
 
 
 def _rows(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a batch. Bytes that are no UTF-8 become lone surrogates, for which their documents are rejected."""
-    import pyarrow
-
+    """The rows of a batch. A value that Python cannot hold costs its document or its label, not the batch."""
     try:
         return batch.to_pylist()
+    except (ValueError, OverflowError):
+        columns = [map(_value, column) for column in batch.columns]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError:
-        binary = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
-        columns = [column.cast(binary.get(column.type, column.type)).to_pylist() for column in batch.columns]
-        rows = zip(*columns, strict=True)
-        return [
-            {
-                name: value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
-                for name, value in zip(batch.schema.names, row, strict=True)
-            }
-            for row in rows
-        ]
+        return LONE_SURROGATE
+    except (ValueError, OverflowError):  # a date beyond the year 9999
+        return None
 
 
 def _packed(path: str) -> bool:

@@ -216,7 +216,7 @@ class _Finisher:
 def _finish(writer: ShardWriter) -> ShardRecord:
     try:
         return writer.finish()
-    except OSError:
+    except BaseException:
         writer.abandon()
         raise
 

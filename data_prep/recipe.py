@@ -58,6 +58,8 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         UserError: it cannot be read, or has an unknown key or a bad type.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"recipe {path} is no regular file: write it into one")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -92,6 +94,8 @@ def recipe_from(arguments: list[str], options: dict[str, Any], bounds: dict[str,
                 limits[key] = value
         elif argument.startswith("hf:"):
             name, *rest = argument.removeprefix("hf:").split(":")
+            if len(rest) > 2:
+                raise UserError(f"source {argument}: write hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
             config, split = [*rest, "", ""][:2]
             sources.append(Source(f"hf:{name}", config=config or None, split=split or "train"))
         else:
@@ -145,3 +149,5 @@ def _check_source(values: dict[str, Any], where: str) -> None:
                         f"{where}: {key}: {label}: YAML reads this value as {item!r}, which is no string: "
                         "put it in quotes, as in 'no' or '3'"
                     )
+                if not item.isascii() and item.encode(errors="replace").decode() != item:
+                    raise UserError(f"{where}: {key}: {label}: {item!r} is no UTF-8: write it otherwise")

@@ -16,7 +16,7 @@ from monet_train.data.manifest import FileRecord, Position, ShardRecord
 from monet_train.errors import UserError
 
 SUFFIXES = ("labels.parquet", "bin", "idx")  # in the order of renaming: the index comes last
-NO_VALUE = "(none)"
+NO_VALUE, OTHERS = "(none)", "(others)"
 MANY_VALUES = 1000  # label values counted one by one in the manifest; the labels file has all
 
 
@@ -143,14 +143,15 @@ def _recode(column: Column, begin: int, end: int, values: dict[str, int]) -> np.
 
 def _count(values: list[str], codes: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
     """Documents, tokens and bytes by value; the rarest of very many values are summed up."""
-    values = [*values, NO_VALUE]
-    codes = np.where(codes < 0, len(values) - 1, codes)
+    values = values if NO_VALUE in values else [*values, NO_VALUE]
+    codes = np.where(codes < 0, values.index(NO_VALUE), codes)
     sums = [np.bincount(codes, weights, len(values)).astype(np.int64) for weights in (None, lengths, sizes)]
     rows = {value: [int(x) for x in row] for value, *row in zip(values, *sums, strict=True) if row[0]}
     kept = sorted(rows, key=lambda value: (-rows[value][1], value))
     result = {value: rows[value] for value in sorted(kept[:MANY_VALUES])}
     if rest := [rows[value] for value in kept[MANY_VALUES:]]:
-        result["(others)"] = [sum(counts) for counts in zip(*rest, strict=True)]
+        rest += [result[OTHERS]] * (OTHERS in result)
+        result[OTHERS] = [sum(counts) for counts in zip(*rest, strict=True)]
     return result
 
 

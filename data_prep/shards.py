@@ -38,7 +38,7 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
     if not 0 <= options.task < options.tasks:
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
     with Encoder(tokenizer, options.workers) as encoder:
-        plan = Plan(recipe, list_parts(recipe), tokenizer, options)
+        plan = Plan(recipe, list_parts(recipe, outside=folder), tokenizer, options)
         with ExitStack() as locks:
             try:
                 if options.tasks > 1:

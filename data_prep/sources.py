@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import logging
+import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.files import is_remote, suffix_of
+from data_prep.files import is_remote, suffix_of, unreadable
 from data_prep.installed import installed_files
 from data_prep.recipe import Recipe, Source
 from monet_train.errors import UserError
@@ -69,16 +72,39 @@ class Part:
         return [Path(self.path).name, self.size, len(self.files), self.version]
 
 
-def list_parts(recipe: Recipe) -> list[Part]:
+def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
     """All parts of a recipe, in order: sources as given, files of a source by name.
 
+    Args:
+        outside: a folder whose files are no source, whatever matches them: what is being made.
+
     Raises:
-        UserError: a source matches nothing or has no known format.
+        UserError: a source matches nothing, cannot be read, has no known format or a name that is no UTF-8.
     """
-    return [part for source in recipe.sources for part in _parts_of(source)]
+    parts: list[Part] = []
+    for source in recipe.sources:
+        try:
+            parts += _parts_of(source, outside.resolve() if outside else None)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise
+            raise unreadable(error.filename or source.source, error) from None
+    for part in parts:
+        names = [part.path, *(word for entry in part.files for word in (entry.path, *dict(entry.labels).values()))]
+        if wrong := next((name for name in names if not _is_text(name)), None):
+            raise UserError(f"source {wrong!a}: the name is no UTF-8: rename it")
+    return parts
 
 
-def _parts_of(source: Source) -> list[Part]:
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parts_of(source: Source, outside: Path | None) -> list[Part]:
     name = source.source
     if name == "python" and not Path(name).exists():
         entries = [
@@ -93,6 +119,8 @@ def _parts_of(source: Source) -> list[Part]:
     if not is_remote(name) and Path(name).is_dir():
         return _folder_parts(source, Path(name))
     paths = _expand(name)
+    if outside and not is_remote(name):
+        paths = [path for path in paths if not Path(path).resolve().is_relative_to(outside)]
     if not paths:
         raise UserError(f"source {name} matches no file: check the path, or quote the pattern")
     return [_file_part(source, path) for path in paths]
@@ -111,9 +139,26 @@ def _expand(name: str) -> list[str]:
         except (ImportError, OSError, ValueError) as error:
             raise UserError(f"source {name} cannot be listed: {error}") from None
     if Path(name).exists():
-        return [name]
+        return [_regular(name)]
     found = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-    return sorted(path for path in found if Path(path).is_file())
+    paths: dict[Path, str] = {}  # the first to lead to a file
+    for path in sorted(found):
+        if not Path(path).is_dir():
+            paths.setdefault(Path(_regular(path)).resolve(), path)
+    files = sum(not Path(path).is_dir() for path in found)
+    if files > len(paths):
+        print(f"warning: source {name}: {files - len(paths)} paths are links to files that it also matches: each file "
+              "is read once", file=sys.stderr)  # fmt: skip
+    return list(paths.values())
+
+
+def _regular(path: str) -> str:
+    """``path``, if it is a file that can be read twice."""
+    if not Path(path).exists():
+        raise UserError(f"source {path} is a link to nothing: restore what it leads to, or remove it")
+    if not Path(path).is_file():
+        raise UserError(f"source {path} is no regular file: write what comes out of it into one")
+    return path
 
 
 def _file_part(source: Source, path: str) -> Part:
@@ -132,13 +177,11 @@ def _file_part(source: Source, path: str) -> Part:
 
 def _folder_parts(source: Source, folder: Path) -> list[Part]:
     entries, patterns = [], Counter[str]()
-    for path in sorted(folder.rglob("*")):
-        language = LANGUAGES.get(path.suffix.lower())
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if language and not hidden and path.is_file():
+    for path in sorted(_visible_files(folder)):
+        if language := LANGUAGES.get(path.suffix.lower()):
             labels = (("lang", language), ("domain", "code"), ("source", folder.resolve().name))
             entries.append(FileEntry(str(path), labels))
-        elif not hidden and (suffix := suffix_of(path.name)) in DATA_SUFFIXES and path.is_file():
+        elif (suffix := suffix_of(path.name)) in DATA_SUFFIXES:
             patterns[f"'{folder}/**/*{path.name[path.name.lower().rindex(suffix) :]}'"] += 1
     if not entries:
         raise UserError(
@@ -151,6 +194,22 @@ def _folder_parts(source: Source, folder: Path) -> list[Part]:
             file=sys.stderr,
         )
     return _group(source, str(folder), entries)
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """The regular files below a folder, links followed (each folder once), without hidden ones."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := Path(root).resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in files if not name.startswith(".") and (path := Path(root, name)).is_file())
 
 
 def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:

@@ -203,8 +203,8 @@ def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
                  "--tokens-per-shard", 4000, "--workers", 1)  # fmt: skip
     listed = data_prep.shards.list_parts
 
-    def vanish_after_listing(recipe):
-        parts = listed(recipe)
+    def vanish_after_listing(recipe, outside):
+        parts = listed(recipe, outside)
         (sources / "part-1.jsonl").rename(tmp_path / "away.jsonl")
         return parts
 

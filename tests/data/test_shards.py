@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,6 +206,10 @@ def write_bad_files(folder: Path, jsonl: Path) -> None:
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("precious")
     (folder / "bad.model").write_text("no model")
+    (folder / "gone.jsonl").symlink_to(folder / "nothing")
+    os.mkfifo(folder / "pipe.jsonl")
+    os.mkfifo(folder / "pipe.yaml")
+    (folder / "na\udcefme.jsonl").write_bytes(lines)
 
 
 def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[object], str]]:
@@ -217,6 +222,12 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "no source": (["shards", folder / "nothing*.jsonl", *shards], "matches no file"),
         "no format": (["shards", folder / "notes.docx", *shards], "no known format"),
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
+        "link to nothing": (["shards", folder / "g*.jsonl", *shards], "gone.jsonl is a link to nothing"),
+        "pipe": (["shards", folder / "pipe.jsonl", *shards], "pipe.jsonl is no regular file"),
+        "pipe for a recipe": (["shards", folder / "pipe.yaml", *shards], "pipe.yaml is no regular file"),
+        "name that is no UTF-8": (["shards", folder / "na*me.jsonl", *shards], "the name is no UTF-8: rename it"),
+        "label that is no UTF-8": (["shards", good, *shards, "--label", "lang=\udcff"], "is no UTF-8"),
+        "hub dataset with too many parts": (["shards", "hf:a:b:c:d", *shards], "write hf:NAME"),
         "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
         "text in a gzip cut short": (["shards", folder / "cut.txt.gz", *shards], "cut.txt.gz cannot be read (cut"),
         "hub dataset cut short": (["shards", f"hf:{folder / 'hub'}", *shards], "cannot be read ("),

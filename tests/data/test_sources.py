@@ -74,6 +74,71 @@ def test_a_folder_of_source_code(prepare: Callable[..., Path], tmp_path: Path) -
     assert list(record.labels["source"]) == ["project"]
 
 
+def test_links_are_followed_once(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for name in ("project/src", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "a.py").write_text("x = 1\n")
+    (tmp_path / "elsewhere" / "b.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "project" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "project" / "src" / "loop").symlink_to(tmp_path / "project")
+    for source, warning in ((tmp_path / "project", "1 data file"), (f"{tmp_path}/project/**/*.jsonl", "read once")):
+        out = tmp_path / f"out {warning}"
+        status, _, err = data("shards", source, "--tokenizer", tokenizer.path, "--out", out, "--workers", 1)
+        assert status == 0 and warning in err
+        assert Manifest.read(out).documents == 1
+
+
+def test_what_is_made_is_no_source(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "text.parquet")
+    command = ("shards", f"{tmp_path}/**/*.parquet", "--tokenizer", tokenizer.path, "--out", tmp_path / "out",
+               "--workers", 1)  # fmt: skip
+    assert data(*command)[0] == 0
+    before = contents(tmp_path / "out")
+    assert data(*command)[0] == 0 and contents(tmp_path / "out") == before
+
+
+def test_marks_of_editors_are_no_text(prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo\r\n\r\nthree\r\n")
+    out = prepare(tmp_path / "out", [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], txt="line")
+    assert documents_of(out, tokenizer) == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_values_that_python_cannot_hold_cost_a_document_at_most(
+    dictionary: bool, data, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    texts = pyarrow.array([b"one", b"\xff", b"three"]).view(pyarrow.string())
+    dates = pyarrow.array([0, 0, 10**7], pyarrow.int32()).cast(pyarrow.date32())  # the last is beyond the year 9999
+    table = pyarrow.table({"text": texts.dictionary_encode() if dictionary else texts, "source": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    out = tmp_path / "out"
+    status, _, err = data("shards", tmp_path / "a.parquet", "--tokenizer", tokenizer.path, "--out", out,
+                          "--workers", 1, "--max-bad-share", 1)  # fmt: skip
+    assert status == 0, err
+    assert documents_of(out, tokenizer) == ["one", "three"]
+    assert "invalid UTF-8" in (out / "rejects.jsonl").read_text()
+
+
+def test_an_id_is_a_string_or_a_whole_number(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ids = ["a", 7, 2**64 + 1, 2**64 + 2, True, [1]]
+    lines = [json.dumps({"text": "x", "key": key}) + "\n" for key in ids]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    status, _, err = data("shards", tmp_path / "a.jsonl", "--id-field", "key", "--tokenizer", tokenizer.path,
+                          "--out", out, "--workers", 1, "--max-bad-share", 1)  # fmt: skip
+    assert status == 0, err
+    (record,) = Manifest.read(out).shards
+    assert pyarrow.parquet.read_table(out / f"{record.name}.labels.parquet")["id"].to_pylist() == ["a", "7"]
+
+
+def test_a_label_that_is_called_as_none_is(prepare: Callable[..., Path], tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "x", "lang": lang}) + "\n" for lang in ("(none)", None, "de")]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (record,) = Manifest.read(prepare(tmp_path / "out", [str(tmp_path / "a.jsonl")])).shards
+    assert {value: counts[0] for value, counts in record.labels["lang"].items()} == {"(none)": 2, "de": 1}
+
+
 def test_data_files_among_source_code_are_told(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
     code = tmp_path / "project"
     (code / "sub").mkdir(parents=True)
