@@ -189,11 +189,18 @@ def _add_sources(parser: Parser) -> None:
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the source arguments describe."""
+    labels: dict[str, str] = {}
+    for name, value in arguments.label or ():
+        if labels.setdefault(name, value) != value:
+            raise UserError(f"--label {name}={labels[name]} and {name}={value}: a document has one of them: give one")
+    where: dict[str, list[str]] = {}
+    for name, values in arguments.where or ():
+        where.setdefault(name, []).extend(values.split(","))
     options: dict[str, Any] = {
         "text": arguments.text_field,
         "id": arguments.id_field,
-        "labels": dict(arguments.label) if arguments.label else None,
-        "where": {name: values.split(",") for name, values in arguments.where} if arguments.where else None,
+        "labels": labels or None,
+        "where": where or None,
         "min_chars": arguments.min_chars,
         "max_chars": arguments.max_chars,
         "txt": arguments.txt,
@@ -220,8 +227,9 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {report['tokenizer']['vocabulary_size']} pieces")
     print(f"  {'source':<28} {'documents':>10} {'bytes/token':>12} {'unknown':>9} {'round-trip failures':>20}")
     for name, row in report["sources"].items():
+        unknown = "none" if row["unknown_rate"] is None else f"{row['unknown_rate']:.2%}"
         print(
-            f"  {name[:28]:<28} {row['documents']:>10,} {row['bytes_per_token']:>12.2f} {row['unknown_rate']:>9.2%} "
+            f"  {name[:28]:<28} {row['documents']:>10,} {row['bytes_per_token']:>12.2f} {unknown:>9} "
             f"{row['round_trip_failures']:>20}"
         )
 

@@ -127,9 +127,21 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path} is no Hugging Face tokenizer: {error}") from None
         self.inner.no_truncation()
         self.inner.no_padding()
+        if getattr(self.inner.model, "dropout", None):  # merges left out at random: other shards from every run
+            self.inner.model.dropout = None
         self.inner.encode_special_tokens = True  # the name of a special token in a text is text
         vocabulary = self.inner.get_vocab(with_added_tokens=True)
-        named = _named_tokens(path.with_name(CONFIG_NAME))
+        description = self.inner.to_str()
+        model = json.loads(description)["model"]  # with its unknown token or, Unigram, the id of that
+        unknown_id = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
+        config = path.with_name(CONFIG_NAME)
+        named = _named_tokens(config)
+        for role, name in named.items():
+            if name not in vocabulary:
+                raise UserError(
+                    f"{config}: {role}: {name!r} is not in the vocabulary of {path}: correct it, or restore the two "
+                    "files that belong together"
+                )
 
         def find(role: str, usual: tuple[str, ...]) -> int | None:
             return next((vocabulary[t] for t in (named.get(role), *usual) if t in vocabulary), None)
@@ -147,12 +159,12 @@ class HuggingFaceTokenizer(Tokenizer):
             vocabulary_size=max(vocabulary.values()) + 1,
             eos_id=eos,
             bos_id=find("bos_token", BEGIN_TOKENS),
-            unk_id=find("unk_token", ("<unk>",)),
+            unk_id=find("unk_token", ("<unk>",)) if unknown_id is None else unknown_id,
             pad_id=find("pad_token", ("<pad>", "<|pad|>")),
         )
         special = {text: i for text, i in vocabulary.items() if i in self.record.special_ids}
         added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
-        self.fast = FastEncoder.of(self.inner.to_str(), self.encode_plainly, added)
+        self.fast = FastEncoder.of(description, self.encode_plainly, added)
         self.check_special_tokens(special)
 
     def copy_to(self, folder: Path, writer: str = "") -> None:

@@ -186,18 +186,21 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
 
 
 def tokenizer_report(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, Any]:
-    """Vocabulary size and, by source: documents, bytes a token, share of unknown tokens, round-trip failures."""
+    """Vocabulary size and, by source: documents, bytes a token, share of unknown tokens, round-trip failures.
+
+    The share is None where the tokenizer has no unknown token.
+    """
     unknown_id = tokenizer.record.unk_id
     rows = {}
     for name, documents in sorted(texts.items()):
         encoded = tokenizer.encode(documents)
         tokens = sum(len(ids) for ids in encoded)
-        unknown = sum(ids.count(unknown_id) for ids in encoded) if unknown_id is not None else 0
+        unknown = None if unknown_id is None else sum(ids.count(unknown_id) for ids in encoded)
         failures = sum(tokenizer.decode(ids) != text for ids, text in zip(encoded, documents, strict=True))
         rows[name] = {
             "documents": len(documents),
             "bytes_per_token": round(sum(len(text.encode()) for text in documents) / max(tokens, 1), 3),
-            "unknown_rate": unknown / max(tokens, 1),
+            "unknown_rate": None if unknown is None else unknown / max(tokens, 1),
             "round_trip_failures": failures,
         }
     return {"tokenizer": asdict(tokenizer.record), "sources": rows}

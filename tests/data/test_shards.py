@@ -219,6 +219,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     return {
         "misspelt command": (["shard"], "no command 'shard': did you mean shards?"),
         "misspelt option": (["shards", "x", *shards, "--min-charz", "3"], "did you mean --min-chars?"),
+        "two values of a label": (
+            ["shards", good, *shards, "--label", "lang=de", "--label", "lang=fr"], "--label lang=de and lang=fr: "),
         "no source": (["shards", folder / "nothing*.jsonl", *shards], "matches no file"),
         "no format": (["shards", folder / "notes.docx", *shards], "no known format"),
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),

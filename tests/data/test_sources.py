@@ -182,6 +182,12 @@ def test_filters_leave_documents_out_and_count_them(prepare: Callable[..., Path]
     assert manifest.documents + sum(manifest.filtered.values()) == 300 and manifest.filtered["length"] > 0
 
 
+def test_the_values_of_where_are_joined(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    where = ("--where", "lang=ru", "--where", "lang=en,de", "--where", "source=made up")
+    arguments = ("shards", jsonl / "*.jsonl", *where, "--tokenizer", tokenizer.path, "--out", tmp_path, "--workers", 1)
+    assert data(*arguments)[0] == 0 and Manifest.read(tmp_path).documents == 300
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

@@ -114,6 +114,47 @@ def test_an_added_token_that_is_not_special_is_found_in_text(tmp_path: Path) -> 
     assert inner.token_to_id("<|code|>") in tokenizer.encode(texts)[0]
 
 
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "BPE", "Unigram", "none"])
+def test_the_share_of_unknown_tokens_is_that_of_the_model(kind: str, data, tmp_path: Path) -> None:
+    """Whatever the unknown token is called; `none` where the model has none."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    words = {"</s>": 0, "[UNK]": 1, "a": 2}
+    model = {
+        "WordPiece": lambda: models.WordPiece(words, unk_token="[UNK]"),
+        "WordLevel": lambda: models.WordLevel(words, unk_token="[UNK]"),
+        "BPE": lambda: models.BPE(words, [], unk_token="[UNK]"),
+        "Unigram": lambda: models.Unigram([("a", -1.0), ("[UNK]", 0.0)], 1, False),
+        "none": lambda: models.BPE({"</s>": 0, "a": 1}, []),
+    }[kind]()
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a b a c")
+    status, out, _ = data(
+        "tokenizer", tmp_path / "text.txt", "--existing", tmp_path / "tokenizer.json", "--out", tmp_path / "out"
+    )
+    (row,) = json.loads((tmp_path / "out" / "report.json").read_text())["sources"].values()
+    assert status == 0 and row["unknown_rate"] == (None if kind == "none" else 0.5)
+    assert (" none " if kind == "none" else " 50.00% ") in out
+
+
+def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
+    """BPE dropout is for training; every run has to make the same shards."""
+    import tokenizers
+
+    path = byte_level(tmp_path, "<|endoftext|>") / "tokenizer.json"
+    texts = [text_of(i) for i in range(20)]
+    expected = load_tokenizer(path).encode_plainly(texts)
+    inner = tokenizers.Tokenizer.from_file(str(path))
+    inner.model.dropout = 0.5  # type: ignore[attr-defined]
+    inner.save(str(path))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode_plainly(texts) == expected == tokenizer.encode(texts)
+
+
 def test_special_tokens_are_known_and_no_text_makes_them(
     data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +181,7 @@ def test_special_tokens_are_known_and_no_text_makes_them(
         ('{"eos_token": ', r"cannot be read: .*: restore the file"),
         ('["</s>"]', r"is no JSON object: restore the file"),
         ('{"eos_token": {"x": 1}}', r'eos_token: \{"x": 1\} names no token: write the token'),
+        ('{"pad_token": "<pad>"}', r"pad_token: '<pad>' is not in the vocabulary of .*tokenizer\.json: correct it"),
         ('{"eos_token": ["</s>"]}', r'eos_token: \["</s>"\] names no token: write the token'),
     ],
 )
