@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from data_prep.files import sync, write_whole
-from monet_train.data.manifest import ShardRecord, shard_from_json
+from monet_train.data.manifest import ShardRecord, check_recipe, from_json
 from monet_train.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -25,6 +25,21 @@ class Totals:
     rejected: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
     rejects_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """The first line of a journal."""
+
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A further line: a shard that is finished, or none at the end."""
+
+    totals: Totals
+    shard: ShardRecord | None = None
 
 
 class Journal:
@@ -43,7 +58,7 @@ class Journal:
         Without a recipe any is read and nothing mended: the task that it belongs to may be writing it.
 
         Raises:
-            UserError: another recipe is at work in the folder.
+            UserError: another recipe is at work in the folder, or the journal is damaged.
         """
         if not self.path.exists():
             self.recipe = recipe or {}
@@ -51,13 +66,11 @@ class Journal:
             return
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
-        lines = [json.loads(line) for line in whole.splitlines()]
-        for line in lines[1:]:
-            self.totals = Totals(**line["totals"])
-            self.done = "shard" not in line
-            if not self.done:
-                self.shards.append(shard_from_json(line["shard"]))
-        self.recipe = lines[0]["recipe"] if lines else {}
+        self.recipe = _recipe_in(self.path, whole)
+        for line in _lines(self.path, whole, _Done, first=2):
+            self.totals, self.done = line.totals, line.shard is None
+            if line.shard:
+                self.shards.append(line.shard)
         if recipe is None:
             return
         if recipe != self.recipe:
@@ -99,7 +112,43 @@ class Journal:
 def recipe_of(path: Path) -> dict[str, Any]:
     """The recipe of a journal that another task may be writing at this moment: nothing is mended."""
     with path.open("rb") as stream:
-        return json.loads(stream.readline())["recipe"]
+        return _recipe_in(path, stream.readline())
+
+
+def _recipe_in(path: Path, data: bytes) -> dict[str, Any]:
+    begun = next(_lines(path, data[: data.find(b"\n") + 1], _Begun), None)
+    if begun is None:
+        raise _damaged(path, "it is empty")
+    try:
+        check_recipe(begun.recipe)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    return begun.recipe
+
+
+def _lines(path: Path, data: bytes, kind: type, first: int = 1) -> Iterator[Any]:
+    """The lines of a journal from ``first`` on, each of ``kind``.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    for number, line in enumerate(data.splitlines()[first - 1 :], start=first):
+        try:
+            yield from_json(kind, json.loads(line), "line")
+        except ValueError as error:
+            raise _damaged(path, f"line {number}: {error}") from None
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    task = path.stem.removeprefix("progress")
+    return UserError(
+        f"{path} is damaged ({reason}): restore it, or "
+        + (
+            f"delete it and run `monet-data shards ... --task {int(task[1:])}` with the same --tasks again"
+            if task
+            else f"delete {path.parent} (rm -r {path.parent}) and run the command again"
+        )
+    )
 
 
 def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from data_prep.ids import find_duplicates
 from data_prep.journal import LOCK_NAME, Journal, exclusive, other_recipe, recipe_of
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
 from data_prep.recipe import Recipe
-from data_prep.shard_writer import disk_error
+from data_prep.shard_writer import SUFFIXES, disk_error
 from data_prep.sources import list_parts
 from data_prep.tokenizers import CONFIG_NAME, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
@@ -116,7 +117,7 @@ def merge(folder: Path) -> Manifest:
 
 def _merge(folder: Path) -> Manifest:
     journals: list[Journal] = []
-    for path in sorted(folder.glob("progress-*.jsonl")):
+    for path in sorted(folder.glob("progress-*.jsonl"), key=_task_of):
         journal = Journal(path)
         journal.open(None)
         if journals and journal.recipe != journals[0].recipe:
@@ -125,7 +126,7 @@ def _merge(folder: Path) -> Manifest:
     if not journals:
         raise UserError(f"{folder} holds no finished tasks: run `monet-data shards ... --task I --tasks N` first")
     tasks = journals[0].recipe["tasks"]
-    finished = {int(journal.path.stem.removeprefix("progress-")) for journal in journals if journal.done}
+    finished = {_task_of(journal.path) for journal in journals if journal.done}
     if missing := sorted(set(range(tasks)) - finished):
         raise UserError(
             f"{folder}: {len(missing)} of {tasks} tasks are not finished (first: {missing[0]}): run "
@@ -143,8 +144,8 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
     totals = [journal.totals for journal in journals]
     rejected, filtered = (_sum(counts) for counts in ([t.rejected for t in totals], [t.filtered for t in totals]))
     for journal in journals:
-        numbers = [int(shard.name.rsplit("-", 1)[1]) for shard in journal.shards]
-        if numbers != list(range(len(numbers))):
+        numbers = [shard.name.rsplit("-", 1)[-1] for shard in journal.shards]
+        if numbers != [f"{number:05d}" for number in range(len(numbers))]:
             raise UserError(f"{journal.path} does not record every shard: delete {folder} and prepare it again")
     if not shards:
         _remove_journals(folder)
@@ -201,18 +202,25 @@ def _rebuild(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecor
     """Make this task's shards again whose files are gone or cut short; they must come out as they were recorded."""
     mine = plan.range_of(plan.options.task)
     shards = [shard for shard in shards if shard.start.part in mine]
+    scratch = folder / f".rebuild{_task_suffix(plan.options)}.tmp"  # what is there stays until the new one is right
     for number, shard in enumerate(shards):
         if _stands(folder, shard):
             continue
         begin = Begin.after(shards[:number], shard.start)._replace(position=shard.start)
-        made = next(make_shards(plan, encoder, folder, begin, mine.stop, None, shard.end)).shard
-        if made != shard:
-            for suffix in made.files:
-                (folder / f"{shard.name}.{suffix}").unlink()
-            raise UserError(
-                f"{folder / shard.name}.bin came out differently from what {MANIFEST_NAME} says and was removed: the "
-                "source has changed; prepare the whole corpus again into another --out"
-            )
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            made = next(make_shards(plan, encoder, scratch, begin, mine.stop, None, shard.end), None)
+            if made is None or made.shard != shard:
+                raise UserError(
+                    f"{folder / shard.name}.bin came out differently from what {MANIFEST_NAME} says and was left as it "
+                    "is: the source has changed; prepare the whole corpus again into another --out"
+                )
+            for suffix in SUFFIXES:
+                (scratch / f"{shard.name}.{suffix}").replace(folder / f"{shard.name}.{suffix}")
+            sync(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _stands(folder: Path, shard: ShardRecord) -> bool:
@@ -245,6 +253,10 @@ def _judge(log: RejectsLog, kept: int, enough: int, max_bad_share: float) -> Non
 
 def _sum(counts: list[dict[str, int]]) -> dict[str, int]:
     return {key: sum(count.get(key, 0) for count in counts) for key in sorted({k for c in counts for k in c})}
+
+
+def _task_of(journal: Path) -> int:
+    return int(journal.stem.removeprefix("progress-"))
 
 
 def _task_suffix(options: ShardOptions) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from monet_train.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "monet-shards/1"
+SHOWN = 80  # characters of a wrong value in the error
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Manifest:
         """Read ``folder/manifest.json``.
 
         Raises:
-            UserError: the file is absent, no JSON, of another format, or lacks a field.
+            UserError: the file is absent, no JSON, of another format, or a field is missing or wrong.
         """
         path = folder / MANIFEST_NAME
         remedy = "make the shards again with `monet-data shards`, or restore the file"
@@ -111,30 +114,68 @@ class Manifest:
             raise UserError(f"{path} is no manifest of format {FORMAT}: {remedy}")
         stored = values.pop("fingerprint", None)
         try:
-            manifest = cls(
-                **{
-                    **values,
-                    "tokenizer": TokenizerRecord(**values["tokenizer"]),
-                    "shards": [shard_from_json(shard) for shard in values["shards"]],
-                }
-            )
-            fingerprint = manifest.fingerprint
-        except KeyError as error:
-            raise UserError(f"{path} lacks the field {error}: {remedy}") from None
-        except (TypeError, AttributeError) as error:
-            raise UserError(f"{path} has a wrong field ({error}): {remedy}") from None
-        if stored != fingerprint:
+            manifest: Manifest = from_json(cls, values, "manifest")
+            check_recipe(manifest.recipe)
+            _check_counts(manifest)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}: {remedy}") from None
+        if stored != manifest.fingerprint:
             raise UserError(f"{path} was changed by hand: its fingerprint does not fit its shards: {remedy}")
         return manifest
 
 
-def shard_from_json(values: dict[str, Any]) -> ShardRecord:
-    """A shard's record from its JSON form (inverse of ``dataclasses.asdict``)."""
-    return ShardRecord(
-        **{
-            **values,
-            "start": Position(**values["start"]),
-            "end": Position(**values["end"]),
-            "files": {suffix: FileRecord(**record) for suffix, record in values["files"].items()},
-        }
-    )
+def from_json(kind: Any, value: Any, name: str) -> Any:
+    """A dataclass (or a part of one) from its JSON form: the inverse of ``dataclasses.asdict``, with all types checked.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type, or a number is negative.
+    """
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = _field_types(kind)
+        for key in from_json(dict[str, Any], value, name):
+            if key not in kinds:
+                raise ValueError(f"`{name}` has the unknown field {key!r}")
+        for of in fields(kind):
+            if of.name not in value and of.default is MISSING and of.default_factory is MISSING:
+                raise ValueError(f"`{name}` lacks the field {of.name!r}")
+        return kind(**{key: from_json(kinds[key], inner, f"{name}.{key}") for key, inner in value.items()})
+    if isinstance(kind, UnionType):  # X | None
+        return None if value is None else from_json(next(k for k in get_args(kind) if k is not NoneType), value, name)
+    container = get_origin(kind)
+    if kind is not Any and type(value) is not (container or kind):
+        raise ValueError(f"`{name}` is {json.dumps(value)[:SHOWN]} and no {(container or kind).__name__}")
+    if kind is int and value < 0:
+        raise ValueError(f"`{name}` is negative")
+    if container is dict:
+        return {key: from_json(get_args(kind)[1], inner, f"{name}.{key}") for key, inner in value.items()}
+    if container is list:
+        return [from_json(get_args(kind)[0], inner, f"{name}[{place}]") for place, inner in enumerate(value)]
+    return value
+
+
+@lru_cache
+def _field_types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def check_recipe(recipe: dict[str, Any]) -> None:
+    """Check what of a recipe is not only compared.
+
+    Raises:
+        ValueError: it is missing or of another type.
+    """
+    for name, kind in (("tasks", int), ("files", list[list[Any]])):
+        from_json(kind, recipe.get(name), f"recipe.{name}")
+
+
+def _check_counts(manifest: Manifest) -> None:
+    if not manifest.shards:
+        raise ValueError("there is no shard")
+    if not (manifest.documents and manifest.tokens):
+        raise ValueError("`documents` or `tokens` is 0")
+    for shard in manifest.shards:
+        if missing := {"bin", "idx", "labels.parquet"} - set(shard.files):
+            raise ValueError(f"{shard.name} lacks {', '.join(sorted(missing))}")
+        for column, values in shard.labels.items():
+            if any(len(counts) != 3 or not all(counts[:2]) for counts in values.values()):
+                raise ValueError(f"{shard.name}: the counts of `{column}` are not documents, tokens and bytes")

@@ -393,6 +393,43 @@ def test_a_bad_manifest_is_refused(shards: Path, tmp_path: Path) -> None:
     refused(str(folder), "changed by hand")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("recipe", {}, "`recipe.tasks` is null and no int"),
+        ("recipe", None, "`manifest.recipe` is null and no dict"),
+        ("documents", "x", '`manifest.documents` is "x" and no int'),
+        ("tokens", 0, "`tokens` is 0"),
+        ("documents", 0, "`documents` or"),
+        ("tokens", -1, "`manifest.tokens` is negative"),
+        ("shards", [], "there is no shard"),
+        ("tokenizer vocabulary_size", None, "`manifest.tokenizer.vocabulary_size` is null"),
+        ("tokenizer file", 5, "`manifest.tokenizer.file` is 5 and no str"),
+        ("tokenizer bos_id", [1], "`manifest.tokenizer.bos_id` is .* and no int"),
+        ("tokenizer", {}, "`manifest.tokenizer` lacks the field 'file'"),
+        ("shards 0 name", 5, "`manifest.shards.0..name` is 5 and no str"),
+        ("shards 0 more", 5, "`manifest.shards.0.` has the unknown field 'more'"),
+        ("shards 0 start part", "a", '`manifest.shards.0..start.part` is "a" and no int'),
+        ("shards 0 files bin bytes", "a", '`manifest.shards.0..files.bin.bytes` is "a" and no int'),
+        ("shards 0 files", {}, "shard-00000 lacks bin, idx, labels.parquet"),
+        ("shards 0 labels lang en", [1], "the counts of `lang`"),
+    ],
+)
+def test_a_wrong_field_of_the_manifest_is_named(
+    place: str, value: Any, message: str, shards: Path, tmp_path: Path
+) -> None:
+    folder = broken(shards, tmp_path)
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    *where, last = place.split()
+    inner = values
+    for key in where:
+        inner = inner[int(key) if isinstance(inner, list) else key]
+    inner[last] = value
+    path.write_text(json.dumps(values))
+    refused(str(folder), f"manifest.json: .*{message}")
+
+
 def test_paths_and_weights_that_make_no_sense_are_refused(shards: Path, tmp_path: Path) -> None:
     refused(str(tmp_path / "nowhere"), "no shards at .*nowhere")
     refused(str(tmp_path), "no shards in")

@@ -332,6 +332,57 @@ def test_a_changed_source_does_not_continue_another_corpus(
     assert status == 2 and "differs in: files" in err
 
 
+@pytest.mark.parametrize("emptied", [True, False], ids=["nothing left", "another text"])
+def test_what_is_there_stays_where_a_shard_comes_out_differently(
+    emptied: bool, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources, out = shutil.copytree(jsonl, tmp_path / "sources"), tmp_path / "out"
+    arguments = ("shards", sources / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1,
+                 "--tokens-per-shard", 4000)  # fmt: skip
+    assert data(*arguments)[0] == 0
+    for source in sources.iterdir():  # of the same size
+        text = source.read_bytes()
+        source.write_bytes(b"\0" * len(text) if emptied else text.replace(b"Document", b"Dokument"))
+    (out / "shard-00001.idx").unlink()
+    before = contents(out)
+    status, _, err = data(*arguments)
+    assert status == 2 and err.count("\n") == 1 and "shard-00001.bin came out differently" in err
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("damage", [b"", b"{bad\n", b"\0\0\n", b"[]\n", b'{"recipe": {}}\n', b'%s{"totals": 5}\n'])
+def test_a_damaged_journal_is_one_line(damage: bytes, data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1, "--tasks", 2)
+    for task in (0, 1):
+        assert data(*arguments, "--task", task)[0] == 0
+    journal = out / "progress-0001.jsonl"
+    first = journal.read_bytes().splitlines(keepends=True)[0]
+    journal.write_bytes(damage.replace(b"%s", first))
+    for again in (("merge", out), (*arguments, "--task", 1)):
+        status, _, err = data(*again)
+        assert status == 2 and err.count("\n") == 1 and "progress-0001.jsonl is damaged" in err
+        assert "delete it and run `monet-data shards ... --task 1`" in err
+    journal.unlink()
+    assert data(*arguments, "--task", 1)[0] == 0
+    assert data("merge", out)[0] == 0 and verify(out)[1] == []
+
+
+def test_the_tasks_are_merged_in_the_order_of_their_numbers(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Which is not that of their names as text, from 10,000 tasks on."""
+    for number in range(3):
+        shutil.copy(jsonl / "part-0.jsonl", tmp_path / f"{number}.jsonl")
+    out = tmp_path / "out"
+    arguments = ("shards", tmp_path / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1)
+    for task in range(3):
+        assert data(*arguments, "--task", task, "--tasks", 3)[0] == 0
+    (out / "progress-0002.jsonl").rename(out / "progress-00002.jsonl")
+    assert data("merge", out)[0] == 0
+    assert [shard.start.part for shard in Manifest.read(out).shards] == [0, 1, 2]
+
+
 def kill_self(*_: object) -> None:
     """What the kernel does to a worker that needs too much memory."""
     os.kill(os.getpid(), signal.SIGKILL)
