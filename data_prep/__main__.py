@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from data_prep.files import is_remote
 from data_prep.recipe import LABELS, Recipe, recipe_from
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError, one_line_errors
+
+MAX_WORKERS = 1024
 
 EPILOG = """\
 a SOURCE is
@@ -44,16 +47,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
-        if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
-            words = re.findall(r"[\w-]+", match[2])
-            near = difflib.get_close_matches(match[1], words, n=1)
-            message = f"no command {match[1]!r}: " + (
-                f"did you mean {near[0]}?" if near else f"choose {', '.join(words)}"
-            )
+        if match := re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            words = re.findall(r"[\w-]+", match[3])
+            near = difflib.get_close_matches(match[2], words, n=1)
+            message = f"no command {match[2]!r}: " if match[1] == "COMMAND" else f"{match[1]} {match[2]!r}: "
+            message += f"did you mean {near[0]}?" if near else f"choose {', '.join(words)}"
         elif match := re.search(r"unrecognized arguments: (\S+)", message):
             options = [option for action in self._all_actions() for option in action.option_strings]
-            near = difflib.get_close_matches(match[1].split("=")[0], options, n=1)
-            message += f": did you mean {near[0]}?" if near else ": see monet-data --help"
+            name = match[1].split("=")[0]
+            near = difflib.get_close_matches(name, options, n=1)
+            if name in options:
+                message = f"{name} is an option of another command: see monet-data COMMAND --help"
+            else:
+                message += f": did you mean {near[0]}?" if near else ": see monet-data --help"
         elif "see monet-data" not in message:
             message += f": see {self.prog} --help"
         raise UserError(message)
@@ -68,10 +74,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(text: str) -> int:
     """A count with an optional suffix: 300, 8M, 2.5G."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMGBT]?)", text)
+    match = re.fullmatch(r"([0-9]{1,15})(?:(\.[0-9]+)?([kKMGBT]))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no number like 300, 8M or 2.5G")
-    return int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[match[2]])
+    factor = {None: 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[match[3]]
+    return int(float(match[1] + (match[2] or "")) * factor)
 
 
 def positive(text: str) -> int:
@@ -79,6 +86,14 @@ def positive(text: str) -> int:
     value = number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def processes(text: str) -> int:
+    """A number of processes that a machine may have."""
+    value = positive(text)
+    if value > MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_WORKERS} processes")
     return value
 
 
@@ -101,8 +116,16 @@ def label(text: str) -> tuple[str, str]:
     return name, value
 
 
+def filled(text: str) -> str:
+    """A name that is not empty: ``Path("")`` would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a name (`.` is the current folder)")
+    return text
+
+
 def local(text: str) -> Path:
     """A file or folder of this machine's file systems: shards are memory-mapped, a library opens the tokenizer."""
+    filled(text)
     if is_remote(text):
         raise argparse.ArgumentTypeError(
             f"{text} is not on a file system: give a local or shared path, and copy it from or to the address"
@@ -123,6 +146,7 @@ def build_parser() -> Parser:
 
     tokenizer = command("tokenizer", "train a SentencePiece tokenizer, or report on an existing one")
     _add_sources(tokenizer)
+    tokenizer.set_defaults(id_field=None)
     kind = tokenizer.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--vocab-size", type=positive, help="train one of so many pieces, 259 special and byte ones included"
@@ -143,11 +167,14 @@ def build_parser() -> Parser:
     shards = command("shards", "tokenize documents into memory-mapped shards")
     _add_sources(shards)
     shards.add_argument(
+        "--id-field", metavar="NAME", help="field with a document's id; one that stands twice is refused"
+    )
+    shards.add_argument(
         "--tokenizer", type=local, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
     )
     shards.add_argument("--out", type=local, required=True, help="folder for the shards and manifest.json")
     shards.add_argument("--tokens-per-shard", type=positive, default=250_000_000, help="a shard is cut here (250M)")
-    shards.add_argument("--workers", type=positive, default=default_workers(), help="processes (default: all cores)")
+    shards.add_argument("--workers", type=processes, default=default_workers(), help="processes (default: all cores)")
     shards.add_argument(
         "--max-bad-share", type=share, default=0.01, help="stop if a larger share of documents is bad (0.01)"
     )
@@ -169,11 +196,8 @@ def build_parser() -> Parser:
 
 
 def _add_sources(parser: Parser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to read; see below")
+    parser.add_argument("sources", nargs="+", type=filled, metavar="SOURCE", help="what to read; see below")
     parser.add_argument("--text-field", metavar="NAME", help="field with the text in jsonl, parquet and hf (text)")
-    parser.add_argument(
-        "--id-field", metavar="NAME", help="field with a document's id; one that stands twice is refused"
-    )
     parser.add_argument(
         "--label", type=label, action="append", metavar="LABEL=VALUE", help="give every document a label"
     )
@@ -209,7 +233,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     return recipe_from(arguments.sources, {k: v for k, v in options.items() if v is not None}, bounds)
 
 
-def run_tokenizer(arguments: argparse.Namespace) -> None:
+def run_tokenizer(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data tokenizer``."""
     from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
 
@@ -224,17 +248,17 @@ def run_tokenizer(arguments: argparse.Namespace) -> None:
         arguments.existing,
     )
     report = make_tokenizer(read_recipe(arguments), options, arguments.out)
-    print(f"{arguments.out}: {report['tokenizer']['vocabulary_size']} pieces")
-    print(f"  {'source':<28} {'documents':>10} {'bytes/token':>12} {'unknown':>9} {'round-trip failures':>20}")
+    yield f"{arguments.out}: {report['tokenizer']['vocabulary_size']} pieces"
+    yield f"  {'source':<28} {'documents':>10} {'bytes/token':>12} {'unknown':>9} {'round-trip failures':>20}"
     for name, row in report["sources"].items():
         unknown = "none" if row["unknown_rate"] is None else f"{row['unknown_rate']:.2%}"
-        print(
+        yield (
             f"  {name[:28]:<28} {row['documents']:>10,} {row['bytes_per_token']:>12.2f} {unknown:>9} "
             f"{row['round_trip_failures']:>20}"
         )
 
 
-def run_shards(arguments: argparse.Namespace) -> None:
+def run_shards(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data shards``."""
     from data_prep.pipeline import ShardOptions
     from data_prep.shards import prepare
@@ -245,32 +269,32 @@ def run_shards(arguments: argparse.Namespace) -> None:
     )
     manifest = prepare(read_recipe(arguments), load_tokenizer(arguments.tokenizer), arguments.out, options)
     if manifest:
-        print_summary(arguments.out, manifest)
+        yield from summary(arguments.out, manifest)
     else:
-        print(f"{arguments.out}: task {options.task} of {options.tasks} is done")
-        print(f"  when all are: monet-data merge {arguments.out}")
+        yield f"{arguments.out}: task {options.task} of {options.tasks} is done"
+        yield f"  when all are: monet-data merge {arguments.out}"
 
 
-def run_merge(arguments: argparse.Namespace) -> None:
+def run_merge(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data merge``."""
     from data_prep.shards import merge
 
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder} is no folder: give the --out of the tasks")
-    print_summary(arguments.folder, merge(arguments.folder))
+    yield from summary(arguments.folder, merge(arguments.folder))
 
 
-def print_summary(folder: Path, manifest: Manifest) -> None:
+def summary(folder: Path, manifest: Manifest) -> Iterator[str]:
     """One line of counts, and one about bad documents if there are some."""
-    print(
+    yield (
         f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
         f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
     )
     if manifest.rejected:
-        print(f"  {sum(manifest.rejected.values()):,} bad documents were left out: {folder}/rejects*.jsonl")
+        yield f"  {sum(manifest.rejected.values()):,} bad documents were left out: {folder}/rejects*.jsonl"
 
 
-def run_verify(arguments: argparse.Namespace) -> None:
+def run_verify(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data verify``."""
     from data_prep.verify import verify
 
@@ -279,21 +303,16 @@ def run_verify(arguments: argparse.Namespace) -> None:
         for problem in problems[:-1]:
             print(f"bad: {problem}", file=sys.stderr)
         raise UserError(problems[-1])
-    print(f"{arguments.folder}: {len(manifest.shards)} shards, {manifest.tokens:,} tokens: as the manifest says")
+    yield f"{arguments.folder}: {len(manifest.shards)} shards, {manifest.tokens:,} tokens: as the manifest says"
 
 
-def run_info(arguments: argparse.Namespace) -> None:
+def run_info(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data info``."""
     from data_prep.info import describe, draw_lengths
 
     if arguments.png:
         draw_lengths(arguments.folder, arguments.png)
-    try:
-        for line in describe(arguments.folder, arguments.samples):
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    yield from describe(arguments.folder, arguments.samples)
 
 
 @one_line_errors
@@ -307,7 +326,14 @@ def main() -> None:
         "verify": run_verify,
         "info": run_info,
     }
-    commands[arguments.command](arguments)
+    for line in commands[arguments.command](arguments):
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+            if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+                return
+            raise UserError(f"standard output cannot be written ({error.strerror}): redirect it elsewhere") from None
 
 
 if __name__ == "__main__":

@@ -133,7 +133,12 @@ class _Slots:
     """
 
     def __init__(self, count: int) -> None:
-        self._memory = memoryview(mmap.mmap(-1, count * SLOT_BYTES))
+        try:
+            self._memory = memoryview(mmap.mmap(-1, count * SLOT_BYTES))
+        except OSError as error:
+            raise UserError(
+                f"no shared memory for {count // CHUNKS_AHEAD} workers ({error.strerror}): give fewer --workers"
+            ) from None
 
     def _slot(self, slot: int, size: int) -> memoryview:
         return self._memory[slot * SLOT_BYTES : slot * SLOT_BYTES + size]
@@ -184,6 +189,8 @@ def _start(tokenizer: Tokenizer, slots: _Slots) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _tokenizer, _slots = tokenizer, slots
+    if tokenizer.fast:
+        tokenizer.fast.compare_next()
     gc.freeze()  # what the parent had loaded is here to stay
 
 

@@ -80,6 +80,10 @@ class FastEncoder:
             description = convert_sentencepiece(path).to_str()
         return cls.of(description, plainly, special)
 
+    def compare_next(self) -> None:
+        """A process begins to encode: its first call is compared, and then every COMPARED_CALLS-th."""
+        self._calls = count()
+
     def encode(self, texts: list[str]) -> Flat:
         """Token ids of some texts.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,12 @@ class Tokenizer(ABC):
         """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there; see ``write_whole``."""
         write_whole(folder / self.record.file, self.path.read_bytes(), writer)
 
-    def check_special_tokens(self, names: dict[str, int]) -> None:
+    def check_special_tokens(self, names: dict[str, int], marked: Collection[str] = ()) -> None:
         """Refuse a tokenizer that makes a special token out of plain text: a document must not end within itself.
 
         Args:
             names: how the special tokens are written, and their ids.
+            marked: those that the file marks as special.
 
         Raises:
             UserError: one is made of its own name, or of characters that are in no text.
@@ -58,9 +60,15 @@ class Tokenizer(ABC):
             made = set(self.encode([f"a{text} {text}"])[0])
             for name, number in names.items():
                 if number in made:
+                    remedy = (
+                        "its model has that as a piece too, and such a tokenizer.json is not supported: use its "
+                        "SentencePiece .model, or another tokenizer"
+                        if name in marked
+                        else "mark it as special in the file, or use another tokenizer"
+                    )
                     raise UserError(
-                        f"tokenizer {self.path} makes its special token {name!r} out of the plain text {text!r}: mark "
-                        "it as special in the file, or use another tokenizer"
+                        f"tokenizer {self.path} makes its special token {name!r} out of the plain text {text!r}: "
+                        + remedy
                     )
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -163,9 +171,9 @@ class HuggingFaceTokenizer(Tokenizer):
             pad_id=find("pad_token", ("<pad>", "<|pad|>")),
         )
         special = {text: i for text, i in vocabulary.items() if i in self.record.special_ids}
-        added = [token.content for token in self.inner.get_added_tokens_decoder().values()]
+        added = {token.content: token for token in self.inner.get_added_tokens_decoder().values()}
         self.fast = FastEncoder.of(description, self.encode_plainly, added)
-        self.check_special_tokens(special)
+        self.check_special_tokens(special, [name for name, token in added.items() if token.special])
 
     def copy_to(self, folder: Path, writer: str = "") -> None:
         """Put the tokenizer into a folder, with the file that names its special tokens."""
@@ -189,6 +197,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         UserError: there is none, it cannot be read, or it has no end-of-text token.
     """
+    try:
+        file = _find_file(path)
+    except PermissionError as error:
+        raise UserError(
+            f"tokenizer {path} cannot be read ({error.filename}: {error.strerror}): get the right to read it, or copy "
+            "it to where you have that"
+        ) from None
+    tokenizer = HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+    if tokenizer.fast:
+        tokenizer.fast.compare_next()
+    return tokenizer
+
+
+def _find_file(path: Path) -> Path:
+    """The file of a tokenizer."""
     package, _, inside = str(path).partition(":")
     if inside and not path.exists():
         specification = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -205,7 +228,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         path = found[0]
     if not path.is_file():
         raise UserError(f"tokenizer {path} does not exist: train one with `monet-data tokenizer`, or correct the path")
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    return path
 
 
 def _named_tokens(config: Path) -> dict[str, str]:

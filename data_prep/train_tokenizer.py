@@ -87,11 +87,14 @@ def _make_tokenizer(
 
 def _existing_report(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     path = folder / REPORT_NAME
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if report.get("asked") != asked:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or report.get("asked") != asked:
         raise UserError(
-            f"{folder} has another tokenizer (other options, or source files that changed since): choose another "
-            f"--out, or delete it (rm -r {folder}) and run the command again"
+            f"{folder} has another tokenizer (other options, source files that changed since, or no whole "
+            f"{REPORT_NAME}): choose another --out, or delete it (rm -r {folder}) and run the command again"
         )
     return report
 

@@ -77,6 +77,18 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
     assert np.array_equal(index.pointers, reference.index.sequence_pointers)
 
 
+@pytest.mark.parametrize("command", ["verify", "info"])
+def test_who_closes_the_output_gets_no_traceback(command: str, shards: Path) -> None:
+    """As ``| true`` does; an output that cannot be written otherwise is an error."""
+    arguments = [sys.executable, "-m", "data_prep", command, str(shards)]
+    reader, closed = os.pipe()
+    os.close(reader)
+    for output, expected in ((closed, (0, "")), (os.open("/dev/full", os.O_WRONLY), (2, "error: standard output"))):
+        run = subprocess.run(arguments, stdout=output, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+        os.close(output)
+        assert (run.returncode, run.stderr[:22]) == expected and run.stderr.count("\n") <= 1
+
+
 def test_preparing_does_not_import_torch(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Its import, and Megatron's, take longer than to tokenize a hundred megabytes; that of pandas, ten."""
     program = (
@@ -219,6 +231,16 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
     return {
         "misspelt command": (["shard"], "no command 'shard': did you mean shards?"),
         "misspelt option": (["shards", "x", *shards, "--min-charz", "3"], "did you mean --min-chars?"),
+        "option of another command": (
+            ["tokenizer", good, "--id-field", "key", "--vocab-size", 300, "--out", folder / "t"],
+            "--id-field is an option of another command"),
+        "misspelt choice": (
+            ["tokenizer", good, "--model-type", "foo", "--vocab-size", 300, "--out", folder / "t"],
+            "error: --model-type 'foo': choose bpe, unigram"),
+        "part of a worker": (["shards", good, *shards, "--workers", "1.7"], "--workers: '1.7' is no number"),
+        "very many workers": (["shards", good, *shards, "--workers", "1M"], "--workers: 1M is more than 1024"),
+        "empty name of a source": (["shards", "", *shards], "SOURCE: it is empty"),
+        "empty name of a folder": (["shards", good, *shards, "--out", ""], "--out: it is empty"),
         "two values of a label": (
             ["shards", good, *shards, "--label", "lang=de", "--label", "lang=fr"], "--label lang=de and lang=fr: "),
         "no source": (["shards", folder / "nothing*.jsonl", *shards], "matches no file"),

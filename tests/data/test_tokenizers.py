@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from data_prep.documents import read_chunks
+from data_prep.encode import Encoder
 from data_prep.fast_encoder import FastEncoder
+from data_prep.recipe import recipe_from
+from data_prep.sources import list_parts
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
 from monet_train.interop.convert_sentencepiece import convert_sentencepiece
@@ -59,6 +64,18 @@ def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, m
     monkeypatch.setattr(tokenizer, "fast", wrong)
     with pytest.raises(UserError, match=r"fastokens encodes 'some text' differently"):
         tokenizer.encode(["some text"])
+
+
+def test_the_first_call_of_every_process_is_compared(jsonl: Path, tokenizer: Tokenizer) -> None:
+    """Also of a run so short that no worker comes to its 16th chunk."""
+    pytest.importorskip("fastokens")
+    wrong = load_tokenizer(tokenizer.path)
+    assert wrong.fast is not None
+    wrong.fast._plainly = lambda texts: [[5] for _ in texts]
+    for workers in (1, 2):
+        (part,) = list_parts(recipe_from([str(jsonl / "part-0.jsonl")], {}, {}))
+        with Encoder(wrong, workers) as encoder, pytest.raises(UserError, match="the package fastokens encodes"):
+            list(encoder.encode(read_chunks(part)))
 
 
 def test_a_unigram_model_is_encoded_by_sentencepiece(jsonl: Path, data, tmp_path: Path) -> None:
@@ -197,6 +214,25 @@ def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path
         load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
 
 
+def test_a_unigram_tokenizer_json_whose_end_token_is_a_piece_is_refused_truthfully(tmp_path: Path) -> None:
+    import tokenizers
+
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], 0, False))
+    inner.add_special_tokens(["</s>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"its model has that as a piece too.*use its SentencePiece \.model"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_in_a_closed_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # root, which tests may run as, is refused nothing
+    with pytest.raises(UserError, match=r"closed/t cannot be read \(.*Permission denied\)"):
+        load_tokenizer(tmp_path / "closed" / "t")
+
+
 def test_another_end_token_is_another_corpus(data, jsonl: Path, tmp_path: Path) -> None:
     """tokenizer_config.json names it; the tokenizer.json is the same."""
     import tokenizers
@@ -222,4 +258,7 @@ def test_an_existing_tokenizer_is_reported_on(data, tokenizer: Tokenizer, jsonl:
     assert (tmp_path / "new" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
     assert data(*source, tmp_path / "new", "--existing", tokenizer.path)[0] == 0
     assert "has another tokenizer" in data(*source, tmp_path / "new", "--vocab-size", 400)[2]
+    for damaged in ("{", "[]"):
+        (tmp_path / "new" / "report.json").write_text(damaged)
+        assert "no whole report.json" in data(*source, tmp_path / "new", "--existing", tokenizer.path)[2]
     assert "one of the arguments --vocab-size --existing is required" in data(*source, tmp_path / "none")[2]
