@@ -89,6 +89,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def cannot_read(path: Path, error: Exception) -> str:
+    """Half a line for a file of an output folder that is there and cannot be read."""
+    name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
+    return f"{name or path} cannot be read ({reason or ' '.join(str(error).split()) or type(error).__name__})"
+
+
 def sync(path: Path) -> None:
     """Wait until a file (or a folder's list of names) is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

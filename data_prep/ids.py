@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.files import cannot_read
+from monet_train.data.index_file import REBUILD
 from monet_train.data.manifest import ShardRecord
+from monet_train.errors import UserError
 
 AT_ONCE = 1 << 24  # hashes held at once; more documents take more passes over the labels
 LOOKED_UP = 1000  # repeated hashes of a pass whose ids are compared as text
@@ -30,7 +33,11 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(folder: Path, shards: list[ShardRecord]) -> Duplicates | None:
-    """Compare the ids of all documents of some shards; those that were prepared without ids do not count."""
+    """Compare the ids of all documents of some shards; those that were prepared without ids do not count.
+
+    Raises:
+        UserError: the labels of a shard cannot be read.
+    """
     passes = 1 + sum(shard.documents for shard in shards) // AT_ONCE
     repeats, first = 0, None
     for number in range(passes):
@@ -65,14 +72,22 @@ class _Named(NamedTuple):
 
 
 def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
+    import pyarrow
     import pyarrow.parquet
 
     for shard in shards:
-        with (folder / f"{shard.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
-            file = pyarrow.parquet.ParquetFile(stream)
-            if "id" not in file.schema_arrow.names:
-                continue
-            column = file.read(columns=["id"])["id"].to_pylist()
+        path = folder / f"{shard.name}.labels.parquet"
+        try:
+            with path.open("rb") as stream:  # a name with a colon is no address
+                file = pyarrow.parquet.ParquetFile(stream)
+                if "id" not in file.schema_arrow.names:
+                    continue
+                column = file.read(columns=["id"])["id"].to_pylist()
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(
+                f"{cannot_read(path, error)}: delete {folder / shard.name}.* and {REBUILD} (for the shard of a task, "
+                "that task's; then merge)"
+            ) from None
         documents = [number for number, name in enumerate(column) if name is not None]
         ids = [column[number] for number in documents]
         yield _Named(shard.name, documents, ids, np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64))

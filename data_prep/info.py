@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.files import cannot_read
 from data_prep.tokenizers import load_tokenizer
 from monet_train.data.index_file import check_index, read_index
 from monet_train.data.manifest import Manifest
@@ -20,8 +21,19 @@ def describe(folder: Path, samples: int) -> Iterator[str]:
     """The lines of the report: counts, labels, lengths, decoded samples.
 
     Raises:
-        UserError: there is no readable manifest, or a shard is missing.
+        UserError: there is no readable manifest, or a shard is missing or cannot be read.
     """
+    try:
+        yield from _describe(folder, samples)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{cannot_read(folder, error)}: see what else is damaged with `monet-data verify {folder}`")
+
+
+def _describe(folder: Path, samples: int) -> Iterator[str]:
     manifest = Manifest.read(folder)
     lengths = document_lengths(folder, manifest)
     yield f"{folder}"
@@ -63,14 +75,17 @@ def draw_lengths(folder: Path, image: Path) -> None:
     """Draw the histogram of document lengths into ``image`` (PNG, or what its suffix says).
 
     Raises:
-        UserError: matplotlib is not installed, or the image cannot be written.
+        UserError: matplotlib is not installed, a shard cannot be read, or the image cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--png needs matplotlib: pip install 'monet-train[plots]'") from None
     manifest = Manifest.read(folder)
-    edges, counts = _bins(document_lengths(folder, manifest))
+    try:
+        edges, counts = _bins(document_lengths(folder, manifest))
+    except OSError as error:
+        raise _unreadable(folder, error) from None
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.stairs(counts, edges, fill=True)
@@ -100,8 +115,8 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 
 def _samples(folder: Path, manifest: Manifest, samples: int) -> Iterator[str]:
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
-    borders = np.cumsum([0] + [record.documents for record in manifest.shards])
-    chosen = np.unique(np.linspace(0, manifest.documents - 1, samples).astype(np.int64))
+    borders = np.cumsum([0] + [len(read_index(folder / record.name).lengths) for record in manifest.shards])
+    chosen = np.unique(np.linspace(0, borders[-1] - 1, samples).astype(np.int64))
     for document in chosen:
         number = int(np.searchsorted(borders, document, side="right")) - 1
         record = manifest.shards[number]

@@ -64,7 +64,10 @@ class Journal:
             self.recipe = recipe or {}
             write_whole(self.path, (json.dumps({"recipe": recipe}) + "\n").encode())
             return
-        data = self.path.read_bytes()
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise _damaged(self.path, str(error.strerror or error)) from None
         whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
         self.recipe = _recipe_in(self.path, whole)
         for line in _lines(self.path, whole, _Done, first=2):
@@ -111,8 +114,11 @@ class Journal:
 
 def recipe_of(path: Path) -> dict[str, Any]:
     """The recipe of a journal that another task may be writing at this moment: nothing is mended."""
-    with path.open("rb") as stream:
-        return _recipe_in(path, stream.readline())
+    try:
+        with path.open("rb") as stream:
+            return _recipe_in(path, stream.readline())
+    except OSError as error:
+        raise _damaged(path, str(error.strerror or error)) from None
 
 
 def _recipe_in(path: Path, data: bytes) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _lines(path: Path, data: bytes, kind: type, first: int = 1) -> Iterator[Any]
 def _damaged(path: Path, reason: str) -> UserError:
     task = path.stem.removeprefix("progress")
     return UserError(
-        f"{path} is damaged ({reason}): restore it, or "
+        f"{path} cannot be read ({reason}): restore it, or "
         + (
             f"delete it and run `monet-data shards ... --task {int(task[1:])}` with the same --tasks again"
             if task

@@ -106,7 +106,7 @@ class ShardWriter:
         with self._temporary("labels.parquet").open("wb") as stream:
             pyarrow.parquet.write_table(table, stream, compression="zstd")
         return {
-            name: _count(list(values), of, lengths, sizes)
+            name: count_labels(list(values), of, lengths, sizes)
             for name, values, of in zip(LABELS, self._values, codes, strict=True)
         }
 
@@ -141,7 +141,7 @@ def _recode(column: Column, begin: int, end: int, values: dict[str, int]) -> np.
     return places[codes]
 
 
-def _count(values: list[str], codes: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
+def count_labels(values: list[str], codes: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, list[int]]:
     """Documents, tokens and bytes by value; the rarest of very many values are summed up."""
     values = values if NO_VALUE in values else [*values, NO_VALUE]
     codes = np.where(codes < 0, values.index(NO_VALUE), codes)
@@ -150,7 +150,7 @@ def _count(values: list[str], codes: np.ndarray, lengths: np.ndarray, sizes: np.
     kept = sorted(rows, key=lambda value: (-rows[value][1], value))
     result = {value: rows[value] for value in sorted(kept[:MANY_VALUES])}
     if rest := [rows[value] for value in kept[MANY_VALUES:]]:
-        rest += [result[OTHERS]] * (OTHERS in result)
+        rest += [result[OTHERS]] if OTHERS in result else []
         result[OTHERS] = [sum(counts) for counts in zip(*rest, strict=True)]
     return result
 

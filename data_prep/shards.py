@@ -104,15 +104,22 @@ def merge(folder: Path) -> Manifest:
     """Write the manifest over the shards of all tasks; nothing else is written, no shard is read.
 
     Raises:
-        UserError: a task is missing or unfinished, the tasks were not given the same command, or a shard is gone.
+        UserError: a task is missing or unfinished, the tasks were not given the same command, a shard is gone, or the
+            folder cannot be read or written.
     """
-    if (folder / MANIFEST_NAME).exists():
-        _remove_journals(folder)
-        manifest = Manifest.read(folder)
-        _refuse_gone(folder, manifest.shards, manifest.recipe["tasks"])
-        return manifest
-    with exclusive(folder):
-        return _merge(folder)
+    try:
+        if (folder / MANIFEST_NAME).exists():
+            manifest = Manifest.read(folder)
+            _remove_journals(folder)
+            _refuse_gone(folder, manifest.shards, manifest.recipe["tasks"])
+            return manifest
+        with exclusive(folder):
+            return _merge(folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error}): mend that and run "
+            f"`monet-data merge {folder}` again"
+        ) from None
 
 
 def _merge(folder: Path) -> Manifest:
@@ -133,10 +140,7 @@ def _merge(folder: Path) -> Manifest:
             f"`monet-data shards ... --task {missing[0]} --tasks {tasks}` again"
         )
     _refuse_gone(folder, [shard for journal in journals for shard in journal.shards], tasks)
-    try:
-        return _write_manifest(folder, journals, load_tokenizer(folder))
-    except OSError as error:
-        raise disk_error(folder, error) from None
+    return _write_manifest(folder, journals, load_tokenizer(folder))
 
 
 def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer) -> Manifest:

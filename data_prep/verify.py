@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.files import sha256_file
+from data_prep.files import cannot_read, sha256_file
 from data_prep.ids import find_duplicates
+from data_prep.recipe import LABELS
+from data_prep.shard_writer import count_labels
 from data_prep.tokenizers import CONFIG_NAME, load_tokenizer
 from monet_train.data.index_file import check_index, read_index, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, TokenizerRecord
@@ -29,28 +31,44 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
         UserError: there is no readable manifest.
     """
     manifest = Manifest.read(folder)
-    problems = list(_check_folder(folder, manifest))
+    problems = [
+        *_readable(_check_tokenizer(folder, manifest.tokenizer), folder / manifest.tokenizer.file),
+        *_readable(_check_folder(folder, manifest), folder),
+    ]
     total = sum(record.files["bin"].bytes for record in manifest.shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=None) as progress:
         for record in manifest.shards:
-            found = next(_check_shard(folder, record, manifest), None)
+            found = next(_readable(_check_shard(folder, record, manifest), folder / record.name), None)
             if found:
                 problems.append(
                     f"{found}; rebuild it alone: delete {folder / record.name}.* and run the same "
                     "`monet-data shards` command again"
                 )
+            else:
+                problems += _readable(_check_labels(folder, record), folder / record.name)
             progress.update(record.files["bin"].bytes)
     if not problems and (duplicates := find_duplicates(folder, manifest.shards)):
         problems.append(f"{folder}: {duplicates}: remove one from the sources and prepare the corpus again")
     return manifest, problems
 
 
-def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
-    tokenizer = folder / manifest.tokenizer.file
-    if not tokenizer.is_file() or sha256_file(tokenizer) != manifest.tokenizer.sha256:
+def _readable(findings: Iterator[str], path: Path) -> Iterator[str]:
+    """The findings of a check; that something cannot be read is one, and ends it."""
+    try:
+        yield from findings
+    except OSError as error:
+        yield f"{cannot_read(path, error)}: restore it or its permissions"
+
+
+def _check_tokenizer(folder: Path, record: TokenizerRecord) -> Iterator[str]:
+    tokenizer = folder / record.file
+    if not tokenizer.is_file() or sha256_file(tokenizer) != record.sha256:
         yield f"{tokenizer} is missing or not the one that made the shards: copy it here again"
-    elif not _has_special_tokens(tokenizer, manifest.tokenizer):
+    elif not _has_special_tokens(tokenizer, record):
         yield f"{folder / CONFIG_NAME} is missing or names other special tokens than the manifest: copy it here again"
+
+
+def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:
     for name in ("documents", "tokens", "text_bytes"):
         if getattr(manifest, name) != sum(getattr(record, name) for record in manifest.shards):
             yield f"{folder / MANIFEST_NAME}: `{name}` is not the sum over its shards: prepare the corpus again"
@@ -111,3 +129,22 @@ def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manif
             return
     if (tokens[ends - 1] != manifest.tokenizer.eos_id).any():
         yield f"{prefix}.bin has documents that do not end with the end-of-text token {manifest.tokenizer.eos_id}"
+
+
+def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
+    """Compare what the manifest counts in a sound shard's labels."""
+    import pyarrow.parquet
+
+    with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
+        table = pyarrow.parquet.read_table(stream, columns=[*LABELS, "bytes"])
+    lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()
+    labels = {}
+    for name in LABELS:
+        column = table[name].combine_chunks()
+        codes = column.indices.fill_null(-1).to_numpy()
+        labels[name] = count_labels(column.dictionary.to_pylist(), codes, lengths, sizes)
+    if labels != record.labels or sizes.sum() != record.text_bytes:
+        yield (
+            f"{folder / MANIFEST_NAME}: `labels` or `text_bytes` of {record.name} is not what its labels.parquet says: "
+            "restore the manifest, or prepare the corpus again"
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gzip
 import itertools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -361,11 +363,40 @@ def test_a_damaged_journal_is_one_line(damage: bytes, data, jsonl: Path, tokeniz
     journal.write_bytes(damage.replace(b"%s", first))
     for again in (("merge", out), (*arguments, "--task", 1)):
         status, _, err = data(*again)
-        assert status == 2 and err.count("\n") == 1 and "progress-0001.jsonl is damaged" in err
+        assert status == 2 and err.count("\n") == 1 and "progress-0001.jsonl cannot be read (" in err
         assert "delete it and run `monet-data shards ... --task 1`" in err
     journal.unlink()
     assert data(*arguments, "--task", 1)[0] == 0
     assert data("merge", out)[0] == 0 and verify(out)[1] == []
+
+
+def test_damaged_labels_are_named_before_the_merge_and_the_shard_is_made_again(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps({"text": text_of(i), "id": f"id {i}"}) + "\n" for i in range(50)))
+    arguments = ("shards", source, jsonl / "part-0.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1,
+                 "--id-field", "id", "--max-bad-share", 1, "--tasks", 2)  # fmt: skip
+    for task in (0, 1):
+        assert data(*arguments, "--task", task)[0] == 0
+    labels = min(out.glob("*.labels.parquet"))
+    labels.write_bytes(b"\0" * labels.stat().st_size)
+    status, _, err = data("merge", out)
+    assert status == 2 and err.count("\n") == 1 and f"{labels} cannot be read (" in err
+    for path in out.glob(re.search(r"delete (\S+) and run", err)[1].split("/")[-1]):
+        path.unlink()
+    assert data(*arguments, "--task", 0)[0] == 0
+    assert data("merge", out)[0] == 0 and verify(out)[1] == []
+
+
+def test_an_unreadable_journal_is_one_line_at_the_merge(
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    arguments = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", tmp_path, "--workers", 1)
+    assert data(*arguments, "--task", 0, "--tasks", 2)[0] == 0
+    (tmp_path / "progress-0001.jsonl").mkdir()
+    status, _, err = data("merge", tmp_path)
+    assert status == 2 and err.count("\n") == 1 and "progress-0001.jsonl cannot be read (Is a directory)" in err
 
 
 def test_the_tasks_are_merged_in_the_order_of_their_numbers(

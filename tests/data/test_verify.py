@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,9 @@ import pytest
 
 import data_prep.documents
 import data_prep.encode
+import data_prep.info
+import data_prep.shard_writer
+import data_prep.verify
 from data_prep.documents import Chunk
 from data_prep.encode import Encoded
 from data_prep.tokenizers import Tokenizer
@@ -34,6 +39,53 @@ def test_verify_finds_damage(damage: str, data, prepare: Callable[..., Path], tm
     file.write_bytes(content)
     status, _, err = data("verify", out)
     assert status == 2 and err.count("\n") == 1 and file.name in err
+
+
+def test_what_cannot_be_read_is_a_finding_and_the_rest_is_checked(
+    data, prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = prepare(tmp_path / "out")
+    (out / "shard-00002.bin").write_bytes(b"broken")
+    sha256 = data_prep.verify.sha256_file
+
+    def worn(path: Path) -> str:
+        if path.name in ("tokenizer.model", "shard-00001.idx"):
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(data_prep.verify, "sha256_file", worn)
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 3 and "shard-00002.bin has 6 bytes" in err
+    assert err.count("cannot be read (Input/output error)") == 2
+    assert "tokenizer.model cannot" in err and "shard-00001 cannot" in err
+
+
+@pytest.mark.parametrize("changed", ["labels", "text_bytes"])
+def test_verify_counts_the_labels_again(changed: str, data, prepare: Callable[..., Path], tmp_path: Path) -> None:
+    out = prepare(tmp_path / "out")
+    values = json.loads((out / "manifest.json").read_text())
+    if changed == "labels":
+        values["shards"][1]["labels"]["lang"]["ru"][1] += 1
+    else:
+        values["text_bytes"] += 1
+        values["shards"][1]["text_bytes"] += 1
+    (out / "manifest.json").write_text(json.dumps(values))
+    status, _, err = data("verify", out)
+    assert status == 2 and err.count("\n") == 1 and "`labels` or `text_bytes` of shard-00001" in err
+
+
+def test_the_rarest_of_very_many_labels_are_summed_up_and_counted_again(
+    prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_prep.shard_writer, "MANY_VALUES", 3)
+    source = tmp_path / "source.jsonl"
+    lines = [{"text": text_of(i), "lang": f"language {i % 7}" if i % 2 else None} for i in range(50)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest, problems = verify(prepare(tmp_path / "out", [str(source)]))
+    assert problems == []
+    for shard in manifest.shards:
+        assert len(shard.labels["lang"]) == 4 and "(others)" in shard.labels["lang"]
+        assert sum(counts[1] for counts in shard.labels["lang"].values()) == shard.tokens
 
 
 @pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json"])
@@ -128,6 +180,15 @@ def test_info_of_damaged_shards_is_one_line(data, prepare: Callable[..., Path], 
     (out / "shard-00001.idx").write_bytes(index)
     status, _, err = data("info", out)
     assert status == 2 and err.count("\n") == 1 and "shard-00001.idx is damaged" in err
+
+
+def test_info_of_an_unreadable_shard_is_one_line(data, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def worn(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(data_prep.info.np, "fromfile", worn)
+    status, _, err = data("info", shards)
+    assert status == 2 and err.count("\n") == 1 and f"{shards} cannot be read (Input/output error)" in err
 
 
 def test_info_draws_the_lengths(data, shards: Path, tmp_path: Path) -> None:
