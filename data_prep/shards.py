@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -124,7 +125,8 @@ def merge(folder: Path) -> Manifest:
 
 def _merge(folder: Path) -> Manifest:
     journals: list[Journal] = []
-    for path in sorted(folder.glob("progress-*.jsonl"), key=_task_of):
+    paths = [path for path in folder.glob("progress-*.jsonl") if path.stem.removeprefix("progress-").isdecimal()]
+    for path in sorted(paths, key=_task_of):
         journal = Journal(path)
         journal.open(None)
         if journals and journal.recipe != journals[0].recipe:
@@ -188,7 +190,8 @@ def _remove_journals(folder: Path) -> None:
 
 def _refuse_gone(folder: Path, shards: list[ShardRecord], tasks: int) -> None:
     if gone := [shard.name for shard in shards if not _stands(folder, shard)]:
-        task = f" --task {int(gone[0].split('-')[1])} --tasks {tasks}" if tasks > 1 else ""
+        named = re.fullmatch(r"shard-(\d+)-\d+", gone[0])
+        task = f" --task {int(named[1])} --tasks {tasks}" if named else ""
         raise UserError(
             f"{folder} has lost {', '.join(gone)}: run `monet-data shards ...{task}` again, which makes "
             "what is missing and nothing else"

@@ -67,6 +67,13 @@ class ShardRecord:
     files: dict[str, FileRecord]  # by suffix: bin, idx, labels.parquet
     labels: dict[str, dict[str, list[int]]]  # column -> value -> [documents, tokens, bytes of text]
 
+    def __post_init__(self) -> None:
+        if missing := {"bin", "idx", "labels.parquet"} - set(self.files):
+            raise ValueError(f"{self.name} lacks {', '.join(sorted(missing))}")
+        for column, values in self.labels.items():
+            if any(len(counts) != 3 or not all(counts[:2]) for counts in values.values()):
+                raise ValueError(f"{self.name}: the counts of `{column}` are not documents, tokens and bytes")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -116,7 +123,8 @@ class Manifest:
         try:
             manifest: Manifest = from_json(cls, values, "manifest")
             check_recipe(manifest.recipe)
-            _check_counts(manifest)
+            if not (manifest.shards and manifest.documents and manifest.tokens):
+                raise ValueError("`shards`, `documents` or `tokens` is empty or 0")
         except ValueError as error:
             raise UserError(f"{path}: {error}: {remedy}") from None
         if stored != manifest.fingerprint:
@@ -166,16 +174,5 @@ def check_recipe(recipe: dict[str, Any]) -> None:
     """
     for name, kind in (("tasks", int), ("files", list[list[Any]])):
         from_json(kind, recipe.get(name), f"recipe.{name}")
-
-
-def _check_counts(manifest: Manifest) -> None:
-    if not manifest.shards:
-        raise ValueError("there is no shard")
-    if not (manifest.documents and manifest.tokens):
-        raise ValueError("`documents` or `tokens` is 0")
-    for shard in manifest.shards:
-        if missing := {"bin", "idx", "labels.parquet"} - set(shard.files):
-            raise ValueError(f"{shard.name} lacks {', '.join(sorted(missing))}")
-        for column, values in shard.labels.items():
-            if any(len(counts) != 3 or not all(counts[:2]) for counts in values.values()):
-                raise ValueError(f"{shard.name}: the counts of `{column}` are not documents, tokens and bytes")
+    if not all(identity and isinstance(identity[0], str) for identity in recipe["files"]):
+        raise ValueError("`recipe.files` has an entry that does not begin with a name")
