@@ -159,7 +159,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
             (folder / name).unlink(missing_ok=True)
         raise UserError(
             f"the sources hold no document ({sum(rejected.values())} bad, {sum(filtered.values())} filtered): check "
-            "the paths, --text-field and the filters"
+            "the paths, --text-field, the filters and --max-documents or --max-bytes"
         )
     if duplicates := find_duplicates(folder, shards):
         raise UserError(
@@ -254,7 +254,8 @@ def _judge(log: RejectsLog, kept: int, enough: int, max_bad_share: float) -> Non
     if seen >= enough and bad > max_bad_share * seen:
         raise UserError(
             f"{bad} of {seen} documents are bad ({', '.join(log.totals.rejected)}), more than the share of "
-            f"{max_bad_share} that is allowed: see {log.path}, mend the source, or raise --max-bad-share"
+            f"{max_bad_share} that is allowed: see {log.path}, then raise --max-bad-share, or mend the source and begin "
+            "in an empty --out"
         )
 
 
