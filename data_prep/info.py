@@ -116,7 +116,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[str]:
 def _samples(folder: Path, manifest: Manifest, samples: int) -> Iterator[str]:
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
     borders = np.cumsum([0] + [len(read_index(folder / record.name).lengths) for record in manifest.shards])
-    chosen = np.unique(np.linspace(0, borders[-1] - 1, samples).astype(np.int64))
+    chosen = np.unique(np.linspace(0, borders[-1] - 1, min(samples, borders[-1])).astype(np.int64))
     for document in chosen:
         number = int(np.searchsorted(borders, document, side="right")) - 1
         record = manifest.shards[number]

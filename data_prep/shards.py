@@ -254,8 +254,8 @@ def _judge(log: RejectsLog, kept: int, enough: int, max_bad_share: float) -> Non
     if seen >= enough and bad > max_bad_share * seen:
         raise UserError(
             f"{bad} of {seen} documents are bad ({', '.join(log.totals.rejected)}), more than the share of "
-            f"{max_bad_share} that is allowed: see {log.path}, then raise --max-bad-share, or mend the source and begin "
-            "in an empty --out"
+            f"{max_bad_share} that is allowed: see {log.path}, then raise --max-bad-share, or mend the source and "
+            "begin in an empty --out"
         )
 
 
