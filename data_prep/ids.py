@@ -82,7 +82,7 @@ def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
                 file = pyarrow.parquet.ParquetFile(stream)
                 if "id" not in file.schema_arrow.names:
                     continue
-                column = file.read(columns=["id"])["id"].to_pylist()
+                column = file.read(columns=["id"], use_threads=False)["id"].to_pylist()
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
                 f"{cannot_read(path, error)}: delete {folder / shard.name}.* and {REBUILD} (for the shard of a task, "

@@ -136,7 +136,8 @@ def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
     import pyarrow.parquet
 
     with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
-        table = pyarrow.parquet.read_table(stream, columns=[*LABELS, "bytes"])
+        # Not read_table: its threads can outlive the interpreter, which then aborts.
+        table = pyarrow.parquet.ParquetFile(stream).read([*LABELS, "bytes"], use_threads=False)
     lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()
     labels = {}
     for name in LABELS:
