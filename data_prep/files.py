@@ -1,4 +1,4 @@
-"""Reading (compressed) files and writing files that are either whole or absent."""
+"""Reading (compressed) files, and what to say where they cannot be read."""
 
 from __future__ import annotations
 
@@ -93,30 +93,3 @@ def cannot_read(path: Path, error: Exception) -> str:
     """Half a line for a file of an output folder that is there and cannot be read."""
     name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
     return f"{name or path} cannot be read ({reason or ' '.join(str(error).split()) or type(error).__name__})"
-
-
-def sync(path: Path) -> None:
-    """Wait until a file (or a folder's list of names) is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, data: bytes, writer: str = "") -> None:
-    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one.
-
-    ``writer`` tells apart those who may write the same file at the same time.
-    """
-    temporary = path.with_name(f".{path.name}{writer}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)

@@ -11,8 +11,8 @@ from typing import Any
 
 import filelock
 
-from data_prep.files import sync, write_whole
 from monet_train.data.manifest import ShardRecord, check_recipe, from_json
+from monet_train.durable import sync, write_whole
 from monet_train.errors import UserError
 
 LOCK_NAME = ".lock"

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import Encoder
-from data_prep.files import sync, write_whole
 from data_prep.ids import find_duplicates
 from data_prep.journal import LOCK_NAME, Journal, exclusive, other_recipe, recipe_of
 from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shards
@@ -22,6 +21,7 @@ from data_prep.sources import list_parts
 from data_prep.tokenizers import CONFIG_NAME, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
+from monet_train.durable import sync, write_whole
 from monet_train.errors import UserError
 
 TASKS_BEGIN_SECONDS = 60  # in which the tasks of an array have begun, one after the other

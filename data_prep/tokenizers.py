@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.fast_encoder import FastEncoder, Flat
-from data_prep.files import sha256_file, write_whole
+from data_prep.files import sha256_file
 from monet_train.data.manifest import TokenizerRecord
+from monet_train.durable import write_whole
 from monet_train.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")

@@ -14,11 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.documents import Document, parse, read_chunks
-from data_prep.files import write_whole
 from data_prep.journal import exclusive
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts
 from data_prep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from monet_train.durable import write_whole
 from monet_train.errors import UserError
 
 PIECE_CHARS = 2000  # documents are cut into pieces of this length for the trainer

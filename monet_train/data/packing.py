@@ -23,9 +23,9 @@ import filelock
 import numpy as np
 import torch
 
-from data_prep.files import sync, write_whole
 from monet_train.data.megatron import IndexedDataset, helpers
 from monet_train.data.shards import Shard
+from monet_train.durable import sync, write_whole
 from monet_train.errors import UserError
 
 UNREADABLE = (OSError, EOFError, ValueError)  # what numpy and json raise for files that are cut short or damaged

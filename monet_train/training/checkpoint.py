@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from monet_train.durable import write_whole
 from monet_train.errors import FULL, UserError
 from monet_train.interop.checkpoint import published_config
 from monet_train.model.config import MonetConfig
@@ -104,7 +105,7 @@ class CheckpointFolder:
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
-            write_atomically(self.path / "latest", name + "\n")
+            write_whole(self.path / "latest", f"{name}\n".encode())
             self._delete_old(final)
         dist.barrier()
 
@@ -207,13 +208,6 @@ def find_resume(choice: str, folder: Path) -> Path | None:
     if path.parent == folder.resolve() and path != newest:
         raise UserError(f"checkpoint.resume={choice} is older than {newest}; move the newer ones away first")
     return newest or path
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def random_state() -> dict[str, Any]:

@@ -16,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 from monet_train.config import TrainConfig
+from monet_train.durable import write_whole
 from monet_train.errors import UserError
-from monet_train.training.checkpoint import completed, write_atomically
+from monet_train.training.checkpoint import completed
 
 LOCK = ".lock"
 DATA_CACHE = "data_cache"  # index cache of the shards, where their own folder cannot be written
@@ -63,8 +64,9 @@ def lock_run_folder(folder: Path) -> IO[str]:
 
 def write_descriptions(folder: Path, config: TrainConfig, device: torch.device, world_size: int) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``. For the main rank."""
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    write_atomically(folder / "environment.json", json.dumps(environment(device, world_size), indent=2) + "\n")
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    described = json.dumps(environment(device, world_size), indent=2) + "\n"
+    write_whole(folder / "environment.json", described.encode())
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:
