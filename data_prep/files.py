@@ -83,6 +83,15 @@ def suffix_of(path: str) -> str:
     return Path(name).suffix.lower()
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8: one of a file system or a command line may have other bytes in it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as stream:

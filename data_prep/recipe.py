@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.files import is_utf8
 from monet_train.errors import UserError
 
 LABELS = ("lang", "domain", "source")  # kept for every document beside the shards
@@ -149,5 +150,5 @@ def _check_source(values: dict[str, Any], where: str) -> None:
                         f"{where}: {key}: {label}: YAML reads this value as {item!r}, which is no string: "
                         "put it in quotes, as in 'no' or '3'"
                     )
-                if not item.isascii() and item.encode(errors="replace").decode() != item:
+                if not is_utf8(item):
                     raise UserError(f"{where}: {key}: {label}: {item!r} is no UTF-8: write it otherwise")

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.files import is_remote, suffix_of, unreadable
+from data_prep.files import is_remote, is_utf8, suffix_of, unreadable
 from data_prep.installed import installed_files
 from data_prep.recipe import Recipe, Source
 from monet_train.errors import UserError
@@ -91,17 +91,9 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
             raise unreadable(error.filename or source.source, error) from None
     for part in parts:
         names = [part.path, *(word for entry in part.files for word in (entry.path, *dict(entry.labels).values()))]
-        if wrong := next((name for name in names if not _is_text(name)), None):
+        if wrong := next((name for name in names if not is_utf8(name)), None):
             raise UserError(f"source {wrong!a}: the name is no UTF-8: rename it")
     return parts
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parts_of(source: Source, outside: Path | None) -> list[Part]:

@@ -159,7 +159,8 @@ def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
 
 
 def _check_newest(newest: Path | None, resume: Path | None) -> None:
-    if newest != resume:
+    # By name: hosts may have the folder mounted in different places.
+    if (newest and newest.name) != (resume and resume.name):
         raise UserError(
             f"{newest or resume} came or went while this run started, or not all hosts see it yet: run the command "
             "again"
