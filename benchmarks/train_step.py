@@ -19,13 +19,14 @@ from torch import Tensor
 
 from benchmarks.timing import environment, medians_in_turn
 from monet_train import kernels
-from monet_train.config import TrainConfig
-from monet_train.configuration import compose
+from monet_train.config.compose import compose
+from monet_train.config.schema import TrainConfig
 from monet_train.errors import UserError, one_line_errors
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
+from monet_train.planning.devices import peak_flops
+from monet_train.planning.flops import training_flops_per_token
 from monet_train.training.engine import build_engine, set_learning_rate
-from monet_train.training.flops import peak_flops, training_flops_per_token
 from monet_train.training.objective import Objective
 from monet_train.training.optimizer import learning_rate
 from monet_train.training.setup import build_model, work_done

@@ -11,9 +11,10 @@ from typing import Any
 
 import filelock
 
-from monet_train.data.manifest import ShardRecord, check_recipe, from_json
+from monet_train.data.manifest import ShardRecord, check_recipe
 from monet_train.durable import sync, write_whole
 from monet_train.errors import UserError
+from monet_train.typed import from_json
 
 LOCK_NAME = ".lock"
 

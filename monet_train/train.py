@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from monet_train.config import TrainConfig
-from monet_train.configuration import hydra_main
+from monet_train.config.compose import hydra_main
+from monet_train.config.schema import TrainConfig
 from monet_train.errors import one_line_errors
 from monet_train.parallel.launch import Launch, read_launch
 

@@ -21,7 +21,7 @@ from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_voca
 from monet_train.errors import UserError
 
 if TYPE_CHECKING:
-    from monet_train.config import DataConfig
+    from monet_train.config.schema import DataConfig
 
 BLEND_PERIOD = 1 << 16  # weights are kept to 1/65536
 SPLIT_BLOCK = 1 << 20  # documents hashed at once

@@ -18,10 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from monet_train.errors import UserError, one_line_errors
-from monet_train.interop import hf
-from monet_train.interop.card import model_card
-from monet_train.interop.checkpoint import (
+from monet_train.checkpoints.weights import (
     CONFIG,
     DTYPES,
     check_weights,
@@ -31,6 +28,9 @@ from monet_train.interop.checkpoint import (
     read_weights,
     resolve_checkpoint,
 )
+from monet_train.errors import UserError, one_line_errors
+from monet_train.interop import hf
+from monet_train.interop.card import model_card
 from monet_train.interop.tokenizer import find_tokenizer, write_tokenizer
 from monet_train.kernels import plain
 from monet_train.model.config import MonetConfig

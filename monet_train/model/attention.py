@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monet_train.model.config import MonetConfig
+from monet_train.model.rotary import rotate
 
 
 @dataclass
@@ -39,27 +40,6 @@ class AttentionContext:
     sin: Tensor
     mask: Tensor | None  # bool [B, 1, S, keys], True = attend; None: plain causal
     cache: KVCache | None
-
-
-def rotary_tables(config: MonetConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (RoPE, arXiv 2104.09864, in Llama's half-split layout).
-
-    Args:
-        positions: integer [B or 1, S].
-
-    Returns:
-        two fp32 tensors [B or 1, 1, S, head dim].
-    """
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[..., None].float() * config.rope_theta**-exponent
-    angles = torch.cat([angles, angles], -1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + head_dim/2}) of [B, heads, S, head dim] by their angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
 def attention_mask(segments: Tensor | None, cached: int, length: int, device: torch.device) -> Tensor | None:

@@ -3,109 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from monet_train import kernels
-from monet_train.errors import UserError
 from monet_train.kernels import Gates
 from monet_train.kernels.plain import activation_threshold
 from monet_train.model.config import MonetConfig
-
-NORM_EPS = 1e-5
-NORM_MOMENTUM = 0.1
-
-
-class FullPrecision(nn.Module):
-    """Buffers that stay in fp32 (or fp64) when the model is cast to a lower precision."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-
-        return super()._apply(keep_precision, recurse)
-
-
-class LogitStatistics(FullPrecision):
-    """Mean and variance of the routing logits of each head, over all tokens and half-experts.
-
-    The buffers and their update are those of ``BatchNorm1d(H, affine=False, eps=1e-5, momentum=0.1)``.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.empty(heads))
-        self.register_buffer("running_var", torch.empty(heads))
-        self.register_buffer("num_batches_tracked", torch.empty((), dtype=torch.long))
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every batch seen."""
-        self.running_mean.zero_()
-        self.running_var.fill_(1)
-        self.num_batches_tracked.zero_()
-
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` logits a head (var is biased)."""
-        unbiased = var * count / (count - 1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)
-        self.num_batches_tracked += 1
-
-
-class ExpertMask(FullPrecision):
-    """Factors M of the experts of a routing group, [1 or H, E, E]; None where every expert is as it is.
-
-    No part of the state dict.
-    """
-
-    factors: Tensor | None
-
-    def __init__(self, heads: int, experts: int) -> None:
-        super().__init__()
-        self.shape = (heads, experts, experts)
-        self.register_buffer("factors", None, persistent=False)
-
-    def set(self, mask: Tensor, like: Tensor) -> None:
-        """Take a mask that broadcasts to [H, E, E], to the device of ``like``; fp64 where that is fp64, else fp32."""
-        if not isinstance(mask, Tensor) or mask.is_complex():
-            raise UserError(f"mask must be a tensor of bool (False = off) or real factors, not {_kind(mask)}")
-        try:
-            mask.expand(self.shape)
-        except RuntimeError:
-            given, wanted = list(mask.shape), list(self.shape)
-            raise UserError(f"mask of shape {given} does not broadcast to [H, E, E] = {wanted}") from None
-        factors = mask.detach().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-        if not factors.isfinite().all():
-            raise UserError("mask has values that are not finite; use 0 for an expert that is off")
-        heads = len(mask) if mask.dim() == 3 else 1  # heads are kept apart only where they may differ
-        self.factors = factors.expand(heads, *self.shape[1:]).clone(memory_format=torch.contiguous_format)
-
-    def clear(self) -> None:
-        """Every expert as it is."""
-        self.factors = None
-
-
-def _kind(value: object) -> str:
-    return f"{value.dtype} values" if isinstance(value, Tensor) else type(value).__name__
-
-
-@dataclass
-class BatchStatistics:
-    """Statistics of one batch: fp64 means and variances [2 sides, H], and the number of logits behind each."""
-
-    mean: Tensor
-    var: Tensor
-    count: Tensor
+from monet_train.model.mask import ExpertMask
+from monet_train.model.statistics import NORM_EPS, BatchStatistics, LogitStatistics
 
 
 class LogitProjection(nn.Linear):

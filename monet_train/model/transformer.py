@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from monet_train.errors import UserError
 from monet_train.kernels import Gates
-from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask, rotary_tables
+from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask
 from monet_train.model.auxiliary import GateSums, RouterReport, report
 from monet_train.model.config import MonetConfig
 from monet_train.model.experts import EXPERTS, Experts
-from monet_train.model.router import BatchStatistics, Router
+from monet_train.model.rotary import rotary_tables
+from monet_train.model.router import Router
+from monet_train.model.statistics import BatchStatistics
 
 IGNORED = -100  # target of a position that has no next token
 
@@ -168,7 +170,7 @@ class MonetForCausalLM(nn.Module):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if positions is None:
             positions = torch.arange(cached, cached + input_ids.shape[1], device=input_ids.device)[None]
-        cos, sin = rotary_tables(config, positions)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta)
         mask = attention_mask(segments, cached, input_ids.shape[1], input_ids.device)
         context = AttentionContext(cos, sin, mask, cache)
 

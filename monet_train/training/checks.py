@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from monet_train.config import TrainConfig
+from monet_train.config.schema import TrainConfig
 from monet_train.data.batches import micro_steps
 from monet_train.errors import UserError
 from monet_train.model.sharding import check_tensor_size

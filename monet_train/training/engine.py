@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from monet_train.config import TrainConfig
+from monet_train.config.schema import TrainConfig
 from monet_train.model.experts import Experts
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.groups import Topology

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monet_train.config import TrainingConfig
+from monet_train.config.schema import TrainingConfig
 from monet_train.model.transformer import MonetOutput
 
 METRICS = ("loss", "uniformity", "ambiguity")

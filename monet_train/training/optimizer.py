@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from monet_train.config import OptimizerConfig, ScheduleConfig
+from monet_train.config.schema import OptimizerConfig, ScheduleConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -15,10 +15,10 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
-from monet_train.config import TrainConfig
+from monet_train.checkpoints.folder import completed
+from monet_train.config.schema import TrainConfig
 from monet_train.durable import write_whole
 from monet_train.errors import UserError
-from monet_train.training.checkpoint import completed
 
 LOCK = ".lock"
 DATA_CACHE = "data_cache"  # index cache of the shards, where their own folder cannot be written

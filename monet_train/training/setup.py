@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from monet_train import kernels
-from monet_train.config import TrainConfig
+from monet_train.checkpoints.folder import CheckpointFolder, check_complete, find_resume
+from monet_train.config.schema import TrainConfig
 from monet_train.data.batches import MicroBatches
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
 from monet_train.errors import UserError
@@ -21,6 +22,8 @@ from monet_train.model.sharding import split_model
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.groups import Topology, raise_together
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
+from monet_train.planning.devices import peak_flops
+from monet_train.planning.flops import WorkDone, training_flops_per_token
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.callbacks.checkpointing import Checkpointing
 from monet_train.training.callbacks.evaluation import Evaluation
@@ -30,10 +33,8 @@ from monet_train.training.callbacks.routers import RouterMonitor
 from monet_train.training.callbacks.stop_signal import StopSignal
 from monet_train.training.callbacks.utilisation import Utilisation
 from monet_train.training.callbacks.wandb import Wandb
-from monet_train.training.checkpoint import CheckpointFolder, check_complete, find_resume
 from monet_train.training.checks import check_config, total_steps
 from monet_train.training.engine import build_engine
-from monet_train.training.flops import WorkDone, peak_flops, training_flops_per_token
 from monet_train.training.loop import Trainer
 from monet_train.training.objective import METRICS, Objective
 from monet_train.training.optimizer import learning_rate

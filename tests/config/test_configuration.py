@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from monet_train.config import ScheduleConfig, TrainConfig
-from monet_train.configuration import compose
+from monet_train.config.compose import compose
+from monet_train.config.schema import ScheduleConfig, TrainConfig
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.launch import Launch
+from monet_train.planning.flops import ForwardFlops, WorkDone, forward_flops_per_token, training_flops_per_token
 from monet_train.training.callbacks.utilisation import Utilisation
 from monet_train.training.checks import check_config, total_steps
-from monet_train.training.flops import ForwardFlops, WorkDone, forward_flops_per_token, training_flops_per_token
 from monet_train.training.optimizer import learning_rate
 from tests.conftest import REPOSITORY
 

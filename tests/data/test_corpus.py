@@ -19,7 +19,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from monet_train.config import DataConfig
+from monet_train.config.schema import DataConfig
 from monet_train.data import packing
 from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
 from monet_train.data.index_file import HEADER_BYTES, Index, read_index

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from monet_train.checkpoints.weights import resolve_checkpoint
 from monet_train.errors import UserError
-from monet_train.interop.checkpoint import resolve_checkpoint
 from monet_train.interop.load import load_pretrained
 
 from .conftest import GOLDEN

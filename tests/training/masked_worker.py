@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from monet_train.configuration import compose
+from monet_train.config.compose import compose
 from monet_train.parallel.launch import read_launch
 from monet_train.training.setup import build_trainer
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from monet_train.checkpoints.folder import find_resume
 from monet_train.errors import UserError
-from monet_train.training.checkpoint import find_resume
 
 
 def step(folder: Path, number: int) -> Path:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from monet_train.configuration import compose
+from monet_train.config.compose import compose
 from monet_train.errors import EXIT_BAD_INPUT, UserError
 from monet_train.parallel.launch import Launch
 from monet_train.training.run_folder import lock_run_folder

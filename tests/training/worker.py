@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from monet_train.configuration import compose
+from monet_train.config.compose import compose
 from monet_train.parallel.launch import read_launch
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.setup import build_trainer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from monet_train.checkpoints.folder import CheckpointFolder
 from monet_train.training.callbacks.base import Callback, Record
-from monet_train.training.checkpoint import CheckpointFolder
 
 
 class Checkpointing(Callback):

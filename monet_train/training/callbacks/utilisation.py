@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from monet_train.model.config import MonetConfig
+from monet_train.planning.flops import WorkDone, training_flops_per_token
 from monet_train.training.callbacks.base import Callback, Record
-from monet_train.training.flops import WorkDone, training_flops_per_token
 
 
 class Utilisation(Callback):

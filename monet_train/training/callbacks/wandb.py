@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from monet_train.config import WandbConfig
+from monet_train.config.schema import WandbConfig
 from monet_train.errors import UserError
 from monet_train.training.callbacks.base import Callback, Record
 

@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from monet_train.checkpoints.consolidate import full_state_dict
+from monet_train.checkpoints.weights import published_config
 from monet_train.durable import write_whole
 from monet_train.errors import FULL, UserError
-from monet_train.interop.checkpoint import published_config
 from monet_train.model.config import MonetConfig
 from monet_train.parallel.groups import raise_together
-from monet_train.training.consolidate import full_state_dict
 
 if TYPE_CHECKING:
     from monet_train.training.loop import Trainer

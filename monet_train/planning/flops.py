@@ -1,4 +1,4 @@
-"""Floating-point work of a Monet and the peak of known devices, for the utilisation figures.
+"""Floating-point work of a Monet, for the utilisation figures.
 
 A multiply-add counts 2. A backward pass counts twice its forward pass: a product for each of two gradients.
 """
@@ -8,20 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from monet_train.model.config import MonetConfig
-
-# Dense bf16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity); first match wins.
-BF16_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A40": 150e12,
-}
 
 
 @dataclass(frozen=True)
@@ -113,11 +100,3 @@ class WorkDone:
                 share = both / config.moe_heads if self.rows_skipped else 1
                 total += self.copies * dense.router * (passes - 2 + 2 * share)
         return total
-
-
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of ``device`` in ``precision``, or None where it is not known (CPUs, unlisted GPUs, fp32)."""
-    if device.type != "cuda" or precision != "bf16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in BF16_PEAKS.items() if part in name), None)

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from monet_train.config import TrainConfig
+from monet_train.config.schema import TrainConfig
 from monet_train.errors import UserError, one_line_errors
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -28,7 +28,7 @@ def config_folder() -> Path:
     spec = importlib.util.find_spec("monet_train.conf")
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
-    return Path(__file__).parent.parent / "conf"
+    return Path(__file__).parents[2] / "conf"
 
 
 def compose(overrides: list[str]) -> TrainConfig:
