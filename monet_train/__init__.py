@@ -7,8 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from monet_train.checkpoints.load import load_pretrained
     from monet_train.interop.export import save_pretrained
-    from monet_train.interop.load import load_pretrained
     from monet_train.model.config import MonetConfig
     from monet_train.model.transformer import MonetForCausalLM
 
@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 _HOMES = {
     "MonetConfig": "monet_train.model.config",
     "MonetForCausalLM": "monet_train.model.transformer",
-    "load_pretrained": "monet_train.interop.load",
+    "load_pretrained": "monet_train.checkpoints.load",
     "save_pretrained": "monet_train.interop.export",
 }
 

@@ -1,31 +1,28 @@
-"""Finding and reading checkpoints: published or exported Hugging Face folders, and training checkpoints.
+"""Model files of a checkpoint: ``config.json`` and the weights under their published names.
 
-A training run holds ``checkpoints/step_00000100/`` folders and ``checkpoints/latest``, a text file with the name of
-the newest. A step folder and a Hugging Face folder have the same ``config.json`` and safetensors inside.
+A published or exported Hugging Face folder and a step folder of a training have the same ones.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from monet_train.checkpoints.layout import CONFIG, SHARDED_WEIGHTS, SINGLE_WEIGHTS
 from monet_train.errors import UserError
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the commands name them
-CONFIG = "config.json"
-SINGLE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SHARDED_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-LATEST = "latest"
 WHOLE = "copy the whole checkpoint again, or give another"
 
 # Fields of a published config.json that are the same for every Monet.
@@ -52,32 +49,6 @@ ONLY_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder that holds the weights.
-
-    Args:
-        path: a Hugging Face folder, a step folder, a ``checkpoints`` folder or a run folder (the newest step).
-
-    Raises:
-        UserError: nothing is there that can be read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder; give a run folder, a checkpoint in it, or a downloaded Hugging Face folder"
-        )
-    if (path / CONFIG).is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        pointer = folder / LATEST
-        if pointer.is_file():
-            newest = folder / pointer.read_text(encoding="utf-8").strip()
-            if not (newest / CONFIG).is_file():
-                raise UserError(f"{pointer} names {newest.name}, which is not a checkpoint; give a step folder instead")
-            return newest
-    raise UserError(f"{path} holds neither {CONFIG} nor checkpoints/{LATEST}; give a folder with a checkpoint")
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises :class:`UserError` naming the file when it is missing or broken."""
     try:
@@ -87,7 +58,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:  # broken JSON, or not text at all
         raise UserError(f"{file} is not valid JSON ({error}): {WHOLE}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object: {WHOLE}")
+        raise UserError(f"{file} does not hold a JSON object: {WHOLE}")
     return values
 
 
@@ -153,6 +124,25 @@ def check_weights(weights: dict[str, Tensor], config: MonetConfig, folder: Path)
             raise UserError(
                 f"{where}: {name} has shape {list(weights[name].shape)}, config.json makes {list(tensor.shape)}"
             )
+
+
+def write_model(folder: Path, state: dict[str, Tensor], config: MonetConfig, tokenizer_file: Path | None) -> None:
+    """Write the whole model into a step folder, so that export and inspection read it without the training's files.
+
+    Args:
+        state: parameters and buffers under their published names, on the CPU.
+        tokenizer_file: copied beside the weights, if any.
+    """
+    weights = folder / SINGLE_WEIGHTS[0]
+    save_file(state, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors leaves it readable by its owner alone
+    dtype = state["lm_head.weight"].dtype
+    (folder / CONFIG).write_text(json.dumps(published_config(config, dtype), indent=2))
+    if tokenizer_file is not None:
+        # a tokenizer.json names its special tokens in the file beside it
+        for file in (tokenizer_file, tokenizer_file.with_name("tokenizer_config.json")):
+            if file.exists():
+                shutil.copy(file, folder / file.name)
 
 
 def _weights_entry(folder: Path) -> Path:

@@ -18,15 +18,14 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
+from monet_train.checkpoints.layout import CONFIG, resolve_checkpoint
 from monet_train.checkpoints.weights import (
-    CONFIG,
     DTYPES,
     check_weights,
     published_config,
     read_config,
     read_json,
     read_weights,
-    resolve_checkpoint,
 )
 from monet_train.errors import UserError, one_line_errors
 from monet_train.interop import hf

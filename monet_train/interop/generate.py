@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from monet_train.checkpoints.weights import DTYPES, resolve_checkpoint
+from monet_train.checkpoints.layout import resolve_checkpoint
+from monet_train.checkpoints.load import load_pretrained
+from monet_train.checkpoints.weights import DTYPES
 from monet_train.errors import UserError, one_line_errors
-from monet_train.interop.load import load_pretrained
 from monet_train.interop.tokenizer import find_tokenizer, load_tokenizer, special_token_ids
 from monet_train.model.attention import KVCache
 from monet_train.model.transformer import MonetForCausalLM

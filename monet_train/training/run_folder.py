@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
-from monet_train.checkpoints.folder import completed
+from monet_train.checkpoints.layout import checkpoints_folder, completed
 from monet_train.config.schema import TrainConfig
 from monet_train.durable import write_whole
 from monet_train.errors import UserError
@@ -40,7 +40,7 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
     owner = OmegaConf.select(OmegaConf.load(config_file), "run.name")
     if owner != config.run.name:
         raise UserError(f"run.dir={folder} belongs to the run {owner}; choose another run.dir or run.name={owner}")
-    if config.checkpoint.resume == "never" and completed(folder / "checkpoints"):
+    if config.checkpoint.resume == "never" and completed(checkpoints_folder(folder)):
         raise UserError(
             f"run.dir={folder} has checkpoints and checkpoint.resume=never; "
             "choose another run.dir, or checkpoint.resume=auto to go on"

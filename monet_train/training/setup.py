@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 from monet_train import kernels
-from monet_train.checkpoints.folder import CheckpointFolder, check_complete, find_resume
+from monet_train.checkpoints.layout import checkpoints_folder
+from monet_train.checkpoints.resume import check_complete, check_same_run, find_resume, restore
+from monet_train.checkpoints.save import CheckpointWriter
 from monet_train.config.schema import TrainConfig
 from monet_train.data.batches import MicroBatches
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
@@ -66,23 +68,24 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     resume = _agree(lambda: _check_inputs(config, folder, device))
     corpus = _agree(lambda: _open_corpus(config, steps, folder))
     assert corpus is not None
-    checkpoints = CheckpointFolder(
-        folder / "checkpoints",
-        keep=config.checkpoint.keep,
-        identity=run_identity(config, corpus, topology),
-        zero_stage=config.zero.stage,
-        tokenizer_file=corpus.tokenizer_file,
-    )
-    _agree(lambda: checkpoints.check_same_run(resume) if resume else None)
+    identity = run_identity(config, corpus, topology)
+    _agree(lambda: check_same_run(resume, identity) if resume else None)
     _agree(lambda: check_complete(resume) if resume and launch.is_main else None)
     lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
     # Again under the lock: another run may have saved meanwhile, and hosts may see a shared folder differently.
-    newest = [_agree(lambda: find_resume(config.checkpoint.resume, folder / "checkpoints"))]
+    newest = [_agree(lambda: find_resume(config.checkpoint.resume, checkpoints_folder(folder)))]
     dist.broadcast_object_list(newest, src=0)
     _agree(lambda: _check_newest(newest[0], resume))
 
+    checkpoints = CheckpointWriter(
+        checkpoints_folder(folder),
+        keep=config.checkpoint.keep,
+        identity=identity,
+        zero_stage=config.zero.stage,
+        tokenizer_file=corpus.tokenizer_file,
+    )
     model = build_model(config, topology, device)
     engine = build_engine(model, config, topology)
     batches = _micro_batches(corpus.train, config.train.global_batch_size, steps, config, topology)
@@ -100,7 +103,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         resources=resources,
     )
     if resume:
-        checkpoints.load(trainer, resume)
+        restore(trainer, resume)
     if launch.is_main:
         write_descriptions(folder, config, device, launch.world_size)
         _announce(config, trainer, corpus, topology, device, resume)
@@ -144,7 +147,7 @@ def _check_inputs(config: TrainConfig, folder: Path, device: torch.device) -> Pa
     kernels.is_native(config.kernels, device)  # refuses native kernels that cannot run
     check_shards(config.data, config.model.vocab_size)
     check_run_folder(folder, config)
-    return find_resume(config.checkpoint.resume, folder / "checkpoints")
+    return find_resume(config.checkpoint.resume, checkpoints_folder(folder))
 
 
 def _open_corpus(config: TrainConfig, steps: int, folder: Path) -> Corpus:
@@ -216,7 +219,7 @@ def _callbacks(
     steps: int,
     corpus: Corpus,
     topology: Topology,
-    checkpoints: CheckpointFolder,
+    checkpoints: CheckpointWriter,
 ) -> list[Callback]:
     """In the order they are called: what adds to the record, what writes it, what evaluates, what saves."""
     routers = RouterMonitor(list(config.model.router_layers), config.model.moe_experts)

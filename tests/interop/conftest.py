@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.interop.export import save_pretrained
-from monet_train.interop.load import load_pretrained
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FORMS = ("tiny_vertical", "tiny_horizontal")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from monet_train.checkpoints.weights import resolve_checkpoint
+from monet_train.checkpoints.layout import resolve_checkpoint
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
-from monet_train.interop.load import load_pretrained
 
 from .conftest import GOLDEN
 
@@ -145,7 +145,7 @@ def hide_code_in_a_torch_file(folder: Path) -> None:
         (index_a_missing_shard, r"model-00002-of-00002\.safetensors is missing"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"holds no weights"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json holds no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json does not hold a JSON object"),
         (change_config(model_type="llama"), r"config\.json: model_type is 'llama'"),
         (change_config(hidden_act="silu"), r"config\.json: hidden_act='silu' is not supported"),
         (change_config(tie_word_embeddings=True), r"config\.json: tie_word_embeddings=True is not supported"),

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop import export as export_module
 from monet_train.interop.export import main, save_pretrained
-from monet_train.interop.load import load_pretrained
 from monet_train.kernels import plain
 from monet_train.model.transformer import MonetForCausalLM
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.interop.export import save_pretrained
 from monet_train.interop.hf.modeling_monet import LogitStatistics, mask_for_attention
-from monet_train.interop.load import load_pretrained
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 

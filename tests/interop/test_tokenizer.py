@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer
 
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop import convert_sentencepiece as conversion
 from monet_train.interop.convert_sentencepiece import PROBES, convert_sentencepiece, equally_probable
 from monet_train.interop.export import save_pretrained
-from monet_train.interop.load import load_pretrained
 from monet_train.interop.tokenizer import load_tokenizer, special_token_ids
 
 from .conftest import GOLDEN

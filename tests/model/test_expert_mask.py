@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop.generate import Sampling, generate_tokens
-from monet_train.interop.load import load_pretrained
 from monet_train.kernels import extension
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from monet_train.interop.load import load_pretrained
+from monet_train.checkpoints.load import load_pretrained
 from monet_train.kernels import extension
 from monet_train.model.transformer import MonetForCausalLM
 from tests.conftest import GOLDEN

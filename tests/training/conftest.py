@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from monet_train.checkpoints.weights import resolve_checkpoint
+from monet_train.checkpoints.layout import resolve_checkpoint
 from tests.conftest import REPOSITORY
 
 TINY = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from monet_train.checkpoints.folder import find_resume
+from monet_train.checkpoints.resume import find_resume
 from monet_train.errors import UserError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monet_train.checkpoints.folder import CheckpointFolder
+from monet_train.checkpoints.save import CheckpointWriter
 from monet_train.training.callbacks.base import Callback, Record
 
 
@@ -12,8 +12,8 @@ class Checkpointing(Callback):
     Last in the trainer's list, so that what it saves has seen the step whole.
     """
 
-    def __init__(self, folder: CheckpointFolder, every: int | None) -> None:
-        self.folder, self.every = folder, every
+    def __init__(self, writer: CheckpointWriter, every: int | None) -> None:
+        self.writer, self.every = writer, every
         self.saved_step: int | None = None
 
     def on_start(self, trainer) -> None:
@@ -28,5 +28,5 @@ class Checkpointing(Callback):
             self._save(trainer)
 
     def _save(self, trainer) -> None:
-        self.folder.save(trainer)
+        self.writer.save(trainer)
         self.saved_step = trainer.step

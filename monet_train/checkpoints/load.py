@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from monet_train.checkpoints.weights import check_weights, read_config, read_weights, resolve_checkpoint
+from monet_train.checkpoints.layout import resolve_checkpoint
+from monet_train.checkpoints.weights import check_weights, read_config, read_weights
 from monet_train.model.transformer import MonetForCausalLM
 
 

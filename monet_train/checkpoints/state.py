@@ -1,0 +1,32 @@
+"""What a checkpoint saves and restores, seen from below: the trainer has these parts, and these only count here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from monet_train.parallel.groups import Topology
+
+
+class Stateful(Protocol):
+    """A callback: it owns its state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingState(Protocol):
+    """A training between two steps."""
+
+    step: int  # optimizer steps done
+
+    @property
+    def engine(self) -> Any:
+        """The ``DeepSpeedEngine``; its ``module`` is this rank's model."""
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def callbacks(self) -> Sequence[Stateful]: ...
