@@ -272,9 +272,9 @@ def measure_open(folder: Path) -> dict[str, float]:
     """Seconds to open a corpus and read 8 random sequences in a fresh process (imports not counted), and its memory."""
     program = (
         "import sys, time, json, resource; from pathlib import Path\n"
-        "from monet_train.config.schema import DataConfig; from monet_train.data.corpus import open_corpus\n"
+        "from monet_train.config.schema import DataSection; from monet_train.data.corpus import open_corpus\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; t = time.perf_counter()\n"
-        f"c = open_corpus(DataConfig(path=sys.argv[1]), seq_length={SEQUENCE}, seed=0, vocab_size=32000,\n"
+        f"c = open_corpus(DataSection(path=sys.argv[1]), seq_length={SEQUENCE}, seed=0, vocab_size=32000,\n"
         "    train_sequences=100, valid_sequences=0, cache_dir=Path(sys.argv[1]))\n"
         "n = c.train.per_epoch; [c.train[i * (n // 8)] for i in range(8)]\n"
         "t = time.perf_counter() - t; after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -286,11 +286,11 @@ def measure_open(folder: Path) -> dict[str, float]:
 
 def load(arguments: argparse.Namespace) -> None:
     """How long a training process waits for data when a step takes ``--step-seconds``."""
-    from monet_train.config.schema import DataConfig
+    from monet_train.config.schema import DataSection
     from monet_train.data.batches import MicroBatches
     from monet_train.data.corpus import open_corpus
 
-    config = DataConfig(path=str(arguments.shards), reset_attention=True, reset_positions=True)
+    config = DataSection(path=str(arguments.shards), reset_attention=True, reset_positions=True)
     corpus = open_corpus(config, seq_length=SEQUENCE, seed=0, vocab_size=1 << 17, train_sequences=1, valid_sequences=0,
                          cache_dir=Path(tempfile.gettempdir()))  # fmt: skip
     started = time.perf_counter()

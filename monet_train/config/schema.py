@@ -1,7 +1,7 @@
 """Typed configuration of a run: the schema behind ``conf/``.
 
-Hydra merges the YAML groups of ``conf/`` onto :class:`TrainConfig`, so that an unknown key or a bad type is
-refused before anything starts.
+:class:`TrainConfig` is the whole; each of its sections is a class of its own. Hydra merges the YAML groups of ``conf/``
+onto it, so that an unknown key or a bad type is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MISSING: Any = "???"  # OmegaConf's marker of a value that must be given
 
 
 @dataclass
-class RunConfig:
+class RunSection:
     """Where the run lives and what it is called."""
 
     name: str = MISSING
@@ -23,7 +23,7 @@ class RunConfig:
 
 
 @dataclass
-class DataConfig:
+class DataSection:
     """What is read, and in which order. Only these fields and the seed decide the order of sequences."""
 
     path: Any = MISSING  # a shard folder (with manifest.json), a shard prefix, or a list of them
@@ -37,7 +37,7 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerSection:
     """AdamW. The paper gives the learning rate only; the rest is what the field uses."""
 
     lr: float = 5e-4
@@ -48,7 +48,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleSection:
     """Linear warm-up, then cosine decay to ``final`` of the peak."""
 
     warmup_steps: int = 0
@@ -56,7 +56,7 @@ class ScheduleConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainSection:
     """The training itself."""
 
     seed: int = 0
@@ -73,7 +73,7 @@ class TrainingConfig:
 
 
 @dataclass
-class ParallelConfig:
+class ParallelSection:
     """How the model is split; data parallelism takes the ranks that are left."""
 
     tensor: int = 1
@@ -81,14 +81,14 @@ class ParallelConfig:
 
 
 @dataclass
-class ZeroConfig:
+class ZeroSection:
     """DeepSpeed ZeRO."""
 
     stage: int = 1
 
 
 @dataclass
-class EvalConfig:
+class EvalSection:
     """Held-out evaluation during training. 0: only at the end; null: never."""
 
     every: int | None = 1000
@@ -96,7 +96,7 @@ class EvalConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointSection:
     """Checkpoints. ``keep``: the newest N stay (null: all)."""
 
     every: int | None = 1000
@@ -105,7 +105,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class WandbConfig:
+class WandbSection:
     """Weights & Biases."""
 
     mode: str = "offline"
@@ -114,27 +114,27 @@ class WandbConfig:
 
 
 @dataclass
-class LoggingConfig:
+class LoggingSection:
     """What is shown and written."""
 
     every: int = 1  # steps between two lines of the console and wandb; metrics.jsonl has them all
     progress: bool = True
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    wandb: WandbSection = field(default_factory=WandbSection)
 
 
 @dataclass
 class TrainConfig:
     """A whole run."""
 
-    run: RunConfig = field(default_factory=RunConfig)
+    run: RunSection = field(default_factory=RunSection)
     model: MonetConfig = field(default_factory=MonetConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    train: TrainingConfig = field(default_factory=TrainingConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    zero: ZeroSection = field(default_factory=ZeroSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
     kernels: str = "auto"  # auto | native | plain

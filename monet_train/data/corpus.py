@@ -21,7 +21,7 @@ from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_voca
 from monet_train.errors import UserError
 
 if TYPE_CHECKING:
-    from monet_train.config.schema import DataConfig
+    from monet_train.config.schema import DataSection
 
 BLEND_PERIOD = 1 << 16  # weights are kept to 1/65536
 SPLIT_BLOCK = 1 << 20  # documents hashed at once
@@ -64,7 +64,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
 
-def check_shards(config: DataConfig, vocab_size: int) -> None:
+def check_shards(config: DataSection, vocab_size: int) -> None:
     """Check all shards against their index, their manifest and the model's vocabulary, without reading them.
 
     Needs no process group and takes a moment whatever the size of the corpus.
@@ -76,7 +76,7 @@ def check_shards(config: DataConfig, vocab_size: int) -> None:
 
 
 def open_corpus(
-    config: DataConfig,
+    config: DataSection,
     *,
     seq_length: int,
     seed: int,
@@ -271,7 +271,7 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
+def _open_sets(config: DataSection, vocab_size: int) -> list[ShardSet]:
     if not 0 <= config.validation_fraction < 1:
         raise UserError(
             f"data.validation_fraction={config.validation_fraction} is no share: give a number from 0 to below 1"
@@ -316,7 +316,7 @@ def _open_sets(config: DataConfig, vocab_size: int) -> list[ShardSet]:
     return sets
 
 
-def _cache_folder(config: DataConfig, first: ShardSet, fallback: Path) -> Path:
+def _cache_folder(config: DataSection, first: ShardSet, fallback: Path) -> Path:
     if config.cache_dir:
         return Path(config.cache_dir)
     folder = first.path if first.path.is_dir() else first.path.parent

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monet_train.config.schema import TrainingConfig
+from monet_train.config.schema import TrainSection
 from monet_train.model.transformer import MonetOutput
 
 METRICS = ("loss", "uniformity", "ambiguity")
@@ -21,7 +21,7 @@ class Objective:
     ambiguity_weight: float
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> Objective:
+    def of(cls, config: TrainSection) -> Objective:
         return cls(config.uniformity_weight, config.ambiguity_weight)
 
     def __call__(self, output: MonetOutput) -> tuple[Tensor, Tensor]:

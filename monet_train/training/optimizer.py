@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from monet_train.config.schema import OptimizerConfig, ScheduleConfig
+from monet_train.config.schema import OptimizerSection, ScheduleSection
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: norms, biases and the experts' output biases are exempt.
 
     The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind. The learning rate starts at 0 and is
@@ -29,7 +29,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, peak: float, total: int, schedule: ScheduleConfig) -> float:
+def learning_rate(step: int, peak: float, total: int, schedule: ScheduleSection) -> float:
     """Learning rate of 0-based ``step``: linear warm-up, then cosine from ``peak`` to ``final`` x ``peak``.
 
     A pure function of the step, so a resumed run needs no state of it.

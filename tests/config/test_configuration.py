@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from monet_train.config.compose import compose
-from monet_train.config.schema import ScheduleConfig, TrainConfig
+from monet_train.config.schema import ScheduleSection, TrainConfig
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.launch import Launch
 from monet_train.planning.flops import ForwardFlops, WorkDone, forward_flops_per_token, training_flops_per_token
@@ -155,7 +155,7 @@ def test_utilisation() -> None:
 
 
 def test_learning_rate() -> None:
-    schedule = ScheduleConfig(warmup_steps=10, final=0.1)
+    schedule = ScheduleSection(warmup_steps=10, final=0.1)
 
     def rate(step: int) -> float:
         return learning_rate(step, peak=2.0, total=110, schedule=schedule)
@@ -166,7 +166,7 @@ def test_learning_rate() -> None:
     assert rate(35) == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
     assert rate(110) == rate(1000) == pytest.approx(0.2)
     assert all(rate(step) > rate(step + 1) for step in range(10, 110))
-    assert learning_rate(0, peak=2.0, total=5, schedule=ScheduleConfig(warmup_steps=0)) == 2.0
+    assert learning_rate(0, peak=2.0, total=5, schedule=ScheduleSection(warmup_steps=0)) == 2.0
 
 
 def test_steps_follow_from_tokens() -> None:

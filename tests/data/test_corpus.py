@@ -19,7 +19,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from monet_train.config.schema import DataConfig
+from monet_train.config.schema import DataSection
 from monet_train.data import packing
 from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
 from monet_train.data.index_file import HEADER_BYTES, Index, read_index
@@ -35,7 +35,7 @@ S = 64
 def open_(path: object, tmp_path: Path, **changes: object) -> Corpus:
     arguments = {"seq_length": S, "seed": 7, "vocab_size": 400, "train_sequences": 50, "valid_sequences": 8}
     arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
-    config = dataclasses.replace(DataConfig(path=path, validation_fraction=0.1), **changes)
+    config = dataclasses.replace(DataSection(path=path, validation_fraction=0.1), **changes)
     return open_corpus(config, cache_dir=tmp_path / "cache", **arguments)
 
 
@@ -352,14 +352,14 @@ def broken(shards: Path, tmp_path: Path) -> Path:
 
 def refused(path: object, words: str, vocab_size: int = 400, **changes: object) -> None:
     with pytest.raises(UserError, match=words) as error:
-        check_shards(dataclasses.replace(DataConfig(path=path), **changes), vocab_size)
+        check_shards(dataclasses.replace(DataSection(path=path), **changes), vocab_size)
     assert "\n" not in str(error.value)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(shards: Path, one_shard: Path) -> None:
-    check_shards(DataConfig(path=str(shards)), 400)
+    check_shards(DataSection(path=str(shards)), 400)
     refused(str(shards), "400 pieces.*only 300: set model.vocab_size=400", vocab_size=300)
-    check_shards(DataConfig(path=str(one_shard)), 400)
+    check_shards(DataSection(path=str(one_shard)), 400)
     refused(str(one_shard), "tokens from 3 to 399", vocab_size=399)
 
 

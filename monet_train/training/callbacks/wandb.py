@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from monet_train.config.schema import WandbConfig
+from monet_train.config.schema import WandbSection
 from monet_train.errors import UserError
 from monet_train.training.callbacks.base import Callback, Record
 
@@ -14,7 +14,7 @@ from monet_train.training.callbacks.base import Callback, Record
 class Wandb(Callback):
     """Logs every record. ``wandb_id`` in the run folder keeps the id: a restart goes on in the same wandb run."""
 
-    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any], every: int) -> None:
+    def __init__(self, config: WandbSection, folder: Path, name: str, run_config: dict[str, Any], every: int) -> None:
         self.config, self.folder, self.name, self.run_config, self.every = config, folder, name, run_config, every
         self.run: Any = None
 
