@@ -34,7 +34,9 @@ class MonetOutput:
     """What a forward pass returns."""
 
     logits: Tensor | None  # [B, S, V]; None when keep_logits=False
-    loss: Tensor | None  # mean next-token cross-entropy over the positions that have a target
+    loss: Tensor | None  # loss_sum / targets; 0 where there is no counted target
+    loss_sum: Tensor | None  # next-token cross-entropy, summed over the counted targets; a differentiable scalar
+    targets: Tensor | None  # how many targets are counted, an int64 scalar; those of -100 are not
     router_probs: list[tuple[Tensor, Tensor] | None] | None  # a layer: (g1, g2) [B, S, H, E], None without router
     hidden_states: list[Tensor] | None  # the embeddings, then each layer's output; the last one is normalised
     routers: list[RouterReport]  # one a router, in training mode
@@ -157,7 +159,7 @@ class MonetForCausalLM(nn.Module):
         Args:
             input_ids: [B, S].
             labels: [B, S] as in Hugging Face, usually ``input_ids``: shifted here by one; -100 is ignored.
-            targets: [B, S], the token that follows each position; instead of ``labels``, for windows of S + 1.
+            targets: [B, S], the token that follows each position, or -100; instead of ``labels``, for windows of S + 1.
             positions: [B, S], default 0, 1, ... after the cached tokens.
             segments: [B, S] document numbers; a token attends only within its own.
             cache: keys and values of earlier tokens; the new ones are appended.
@@ -196,9 +198,15 @@ class MonetForCausalLM(nn.Module):
         states[-1] = hidden
 
         logits = self.lm_head(hidden)
+        loss = loss_sum = counted = None
+        if targets is not None:
+            loss_sum, counted = self._sum_losses(logits, targets)
+            loss = loss_sum / counted.clamp_min(1)
         return MonetOutput(
             logits=self.gather_logits(logits) if keep_logits else None,
-            loss=None if targets is None else self._mean_loss(logits, targets),
+            loss=loss,
+            loss_sum=loss_sum,
+            targets=counted,
             router_probs=router_probs if output_router_probs else None,
             hidden_states=states if output_hidden_states else None,
             routers=reports,
@@ -249,7 +257,8 @@ class MonetForCausalLM(nn.Module):
             raise UserError(f"group={group!r} is no routing group; use one of 0 to {len(routers) - 1}")
         return routers[group]
 
-    def _mean_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _sum_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over the counted targets, and their number."""
         counted = targets != IGNORED
         losses = self.cross_entropy(logits, targets.masked_fill(~counted, 0))
-        return (losses * counted).sum() / counted.sum()
+        return losses.masked_fill(~counted, 0).sum(), counted.sum()
