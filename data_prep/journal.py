@@ -12,7 +12,7 @@ from typing import Any
 import filelock
 
 from monet_train.data.manifest import ShardRecord, check_recipe
-from monet_train.durable import sync, write_whole
+from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
 from monet_train.typed import from_json
 
@@ -63,7 +63,7 @@ class Journal:
         """
         if not self.path.exists():
             self.recipe = recipe or {}
-            write_whole(self.path, (json.dumps({"recipe": recipe}) + "\n").encode())
+            write_atomically(self.path, (json.dumps({"recipe": recipe}) + "\n").encode())
             return
         try:
             data = self.path.read_bytes()
@@ -83,7 +83,7 @@ class Journal:
             whole = b"".join([json.dumps({"recipe": recipe}).encode() + b"\n", *whole.splitlines(keepends=True)[1:]])
             self.recipe = recipe
         if whole != data:
-            write_whole(self.path, whole)
+            write_atomically(self.path, whole)
 
     def _mended(self, recipe: dict[str, Any]) -> bool:
         """Whether ``recipe`` differs in source files alone of which no shard has anything yet: they were mended.

@@ -21,7 +21,7 @@ from data_prep.sources import list_parts
 from data_prep.tokenizers import CONFIG_NAME, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
-from monet_train.durable import sync, write_whole
+from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
 
 TASKS_BEGIN_SECONDS = 60  # in which the tasks of an array have begun, one after the other
@@ -177,7 +177,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
         recipe=journals[0].recipe,
         shards=shards,
     )
-    write_whole(folder / MANIFEST_NAME, manifest.to_json().encode())
+    write_atomically(folder / MANIFEST_NAME, manifest.to_json().encode())
     _remove_journals(folder)
     return manifest
 

@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.fast_encoder import FastEncoder, Flat
 from data_prep.files import sha256_file
 from monet_train.data.manifest import TokenizerRecord
-from monet_train.durable import write_whole
+from monet_train.durable import write_atomically
 from monet_train.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -44,8 +44,8 @@ class Tokenizer(ABC):
         """The text of some ids."""
 
     def copy_to(self, folder: Path, writer: str = "") -> None:
-        """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there; see ``write_whole``."""
-        write_whole(folder / self.record.file, self.path.read_bytes(), writer)
+        """Put the tokenizer into a folder, durably, so that ``load_tokenizer`` finds it there."""
+        write_atomically(folder / self.record.file, self.path.read_bytes(), writer)
 
     def check_special_tokens(self, names: dict[str, int], marked: Collection[str] = ()) -> None:
         """Refuse a tokenizer that makes a special token out of plain text: a document must not end within itself.
@@ -180,7 +180,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Put the tokenizer into a folder, with the file that names its special tokens."""
         config = self.path.with_name(CONFIG_NAME)
         if config.is_file():
-            write_whole(folder / CONFIG_NAME, config.read_bytes(), writer)
+            write_atomically(folder / CONFIG_NAME, config.read_bytes(), writer)
         super().copy_to(folder, writer)
 
     def encode_plainly(self, texts: list[str]) -> list[list[int]]:

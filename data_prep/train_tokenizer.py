@@ -18,7 +18,7 @@ from data_prep.journal import exclusive
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts
 from data_prep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from monet_train.durable import write_whole
+from monet_train.durable import write_atomically
 from monet_train.errors import UserError
 
 PIECE_CHARS = 2000  # documents are cut into pieces of this length for the trainer
@@ -69,14 +69,14 @@ def _make_tokenizer(
     model = folder / f".{MODEL_NAME}"
     try:
         if existing is None:
-            write_whole(model, _train(texts, options))
+            write_atomically(model, _train(texts, options))
         else:
             deque(texts, maxlen=0)  # reading fills texts.kept
         if not texts.kept:
             raise UserError(NO_DOCUMENT)
         tokenizer = existing or load_tokenizer(model)
         report = {"asked": asked, "sampled_bytes": texts.bytes, **tokenizer_report(tokenizer, texts.kept)}
-        write_whole(folder / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(folder / REPORT_NAME, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
         tokenizer.copy_to(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): make room or choose another --out") from None

@@ -15,8 +15,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes, writer: str = "") -> None:
-    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one.
+def write_atomically(path: Path, data: bytes, writer: str = "") -> None:
+    """Write under a temporary name, fsync, rename: a reader sees the old file or the new one, never a part.
 
     ``writer`` tells apart those who may write the same file at the same time.
     """

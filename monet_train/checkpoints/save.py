@@ -27,7 +27,7 @@ from monet_train.checkpoints.layout import (
 from monet_train.checkpoints.random_state import random_state
 from monet_train.checkpoints.state import TrainingState
 from monet_train.checkpoints.weights import write_model
-from monet_train.durable import write_whole
+from monet_train.durable import write_atomically
 from monet_train.errors import FULL, UserError
 
 
@@ -98,7 +98,7 @@ class CheckpointWriter:
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        write_whole(self.folder / LATEST, f"{final.name}\n".encode())
+        write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
         self._delete_old(final)
 
     def _delete_old(self, newest: Path) -> None:

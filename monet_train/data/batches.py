@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from monet_train.data.packing import Sequence
+from monet_train.data.packing import TokenSequence
 from monet_train.errors import UserError
 
 
@@ -52,7 +52,7 @@ def indices(
     return range(first, first + micro_batch_size)
 
 
-def collate(sequences: list[Sequence]) -> Batch:
+def collate(sequences: list[TokenSequence]) -> Batch:
     """Stack sequences along a new first axis."""
     first = sequences[0]
     return Batch(
@@ -70,7 +70,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        dataset: torch.utils.data.Dataset[Sequence],
+        dataset: torch.utils.data.Dataset[TokenSequence],
         *,
         steps: int,
         global_batch_size: int,

@@ -16,7 +16,14 @@ import torch
 from monet_train.data.index_file import check_index
 from monet_train.data.manifest import TokenizerRecord
 from monet_train.data.megatron import helpers
-from monet_train.data.packing import CACHE_FROM_DOCUMENTS, DocumentStore, IndexCache, PackedSequences, Piece, Sequence
+from monet_train.data.packing import (
+    CACHE_FROM_DOCUMENTS,
+    DocumentStore,
+    IndexCache,
+    PackedSequences,
+    Piece,
+    TokenSequence,
+)
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
 
@@ -44,7 +51,7 @@ class Reading(NamedTuple):
 class Corpus:
     """Training and held-out sequences, and what identifies them.
 
-    Item ``i`` of ``train`` and ``valid`` is a :class:`Sequence` of ``seq_length + 1`` tokens and a pure
+    Item ``i`` of ``train`` and ``valid`` is a :class:`TokenSequence` of ``seq_length + 1`` tokens and a pure
     function of (identity, i); any non-negative index may be read. ``len(train)`` is the number that was asked
     for, ``len(valid)`` at most one epoch of the held-out documents.
     """
@@ -163,7 +170,7 @@ def open_corpus(
     )
 
 
-class Blend(torch.utils.data.Dataset[Sequence]):
+class Blend(torch.utils.data.Dataset[TokenSequence]):
     """Sequences of several datasets in the ratio of ``weights``, spread evenly (Megatron's blending, periodic)."""
 
     def __init__(self, parts: list[PackedSequences], weights: list[float], length: int) -> None:
@@ -182,7 +189,7 @@ class Blend(torch.utils.data.Dataset[Sequence]):
         part = int(self._part[place])
         return self.parts[part], int(period * self._shares[part] + self._index[place])
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         part, inner = self._place(index)
         return part[inner]
 

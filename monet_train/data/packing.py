@@ -25,7 +25,7 @@ import torch
 
 from monet_train.data.megatron import IndexedDataset, helpers
 from monet_train.data.shards import Shard
-from monet_train.durable import sync, write_whole
+from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
 
 UNREADABLE = (OSError, EOFError, ValueError)  # what numpy and json raise for files that are cut short or damaged
@@ -33,7 +33,7 @@ OPEN_SHARDS = 256  # memory maps held open at once; each costs file descriptors
 CACHE_FROM_DOCUMENTS = 1_000_000  # smaller indices are built in memory in well under a second
 
 
-class Sequence(NamedTuple):
+class TokenSequence(NamedTuple):
     """One training sequence of ``seq_length + 1`` tokens: inputs are ``tokens[:-1]``, targets ``tokens[1:]``."""
 
     tokens: torch.Tensor  # int64 [S+1]
@@ -139,7 +139,7 @@ class DocumentStore:
         return tokens
 
 
-class PackedSequences(torch.utils.data.Dataset[Sequence]):
+class PackedSequences(torch.utils.data.Dataset[TokenSequence]):
     """Sequence ``i`` of an endless series of epochs; ``len()`` is the number that was asked for.
 
     Epoch ``e`` holds sequences ``[e*n, (e+1)*n)`` with ``n = per_epoch``: every token of the split once, but
@@ -201,10 +201,10 @@ class PackedSequences(torch.utils.data.Dataset[Sequence]):
             pieces.append(self.store.piece(int(documents[position]), begin, length))
         return [piece for piece in pieces if piece.length]
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         return self._sequence([self.store.read(piece) for piece in self.pieces(index)])
 
-    def _sequence(self, pieces: list[np.ndarray]) -> Sequence:
+    def _sequence(self, pieces: list[np.ndarray]) -> TokenSequence:
         tokens = torch.from_numpy(np.concatenate(pieces, dtype=np.int64))
         sizes = [len(piece) for piece in pieces]
         segment_ids = positions = None
@@ -212,7 +212,7 @@ class PackedSequences(torch.utils.data.Dataset[Sequence]):
             segment_ids = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))[:-1]
         if self._reset_positions:
             positions = torch.from_numpy(np.concatenate([np.arange(size) for size in sizes]))[:-1]
-        return Sequence(tokens, segment_ids, positions)
+        return TokenSequence(tokens, segment_ids, positions)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -255,7 +255,7 @@ class IndexCache:
         facts = build()
         with _mendable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(final, json.dumps(facts).encode(), writer=f".{uuid.uuid4().hex}")
+            write_atomically(final, json.dumps(facts).encode(), writer=f".{uuid.uuid4().hex}")
         return facts
 
     def _path(self, key: str) -> Path:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from monet_train.checkpoints.layout import checkpoints_folder, completed
 from monet_train.config.schema import TrainConfig
-from monet_train.durable import write_whole
+from monet_train.durable import write_atomically
 from monet_train.errors import UserError
 
 LOCK = ".lock"
@@ -64,9 +64,9 @@ def lock_run_folder(folder: Path) -> IO[str]:
 
 def write_descriptions(folder: Path, config: TrainConfig, device: torch.device, world_size: int) -> None:
     """Write ``config.yaml`` (resolved) and ``environment.json``. For the main rank."""
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     described = json.dumps(environment(device, world_size), indent=2) + "\n"
-    write_whole(folder / "environment.json", described.encode())
+    write_atomically(folder / "environment.json", described.encode())
 
 
 def environment(device: torch.device, world_size: int) -> dict[str, Any]:

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from monet_train.data.batches import Batch, MicroBatches, collate, indices
-from monet_train.data.packing import Sequence
+from monet_train.data.packing import TokenSequence
 from monet_train.errors import UserError
 
 
-class Numbered(torch.utils.data.Dataset[Sequence]):
+class Numbered(torch.utils.data.Dataset[TokenSequence]):
     """Sequence i consists of i; ``read`` notes which were."""
 
     def __init__(self) -> None:
         self.read: list[int] = []
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> TokenSequence:
         self.read.append(index)
-        return Sequence(torch.full((9,), index), torch.full((8,), -index), None)
+        return TokenSequence(torch.full((9,), index), torch.full((8,), -index), None)
 
 
 def layout(global_batch: int, micro_batch: int, data_size: int, step: int) -> list[list[int]]:
@@ -67,7 +67,7 @@ def test_nothing_is_read_beyond_the_last_step() -> None:
 
 def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
     class Broken(Numbered):
-        def __getitem__(self, index: int) -> Sequence:
+        def __getitem__(self, index: int) -> TokenSequence:
             if index >= 4:
                 raise UserError("bad shard")
             return super().__getitem__(index)
