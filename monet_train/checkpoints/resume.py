@@ -13,7 +13,7 @@ from monet_train.checkpoints.layout import DESCRIPTION, OTHER_CHECKPOINT, Descri
 from monet_train.checkpoints.random_state import set_random_state
 from monet_train.checkpoints.state import TrainingState
 from monet_train.errors import UserError
-from monet_train.parallel.groups import raise_together
+from monet_train.parallel.agreement import raise_together
 
 
 def find_resume(choice: str, folder: Path) -> Path | None:

@@ -6,7 +6,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from monet_train.errors import UserError
 from monet_train.parallel.launch import COLLECTIVE_TIMEOUT
 
 
@@ -66,17 +65,3 @@ class Topology:
 
     def get_data_parallel_world_size(self) -> int:
         return self.data_size
-
-
-def raise_together(error: UserError | None) -> None:
-    """End all ranks if any has an error: raise the first rank's on each, so that none waits for the others."""
-    if dist.get_world_size() == 1:
-        messages = [None if error is None else str(error)]
-    else:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
-    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-    if failed:
-        rank, message = failed[0]
-        where = "" if len(failed) == len(messages) else f" (on rank {rank})"
-        raise UserError(message + where)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from monet_train import kernels
 from monet_train.checkpoints.layout import checkpoints_folder
@@ -22,7 +21,8 @@ from monet_train.errors import UserError
 from monet_train.model.initialize import initialize
 from monet_train.model.sharding import split_model
 from monet_train.model.transformer import MonetForCausalLM
-from monet_train.parallel.groups import Topology, raise_together
+from monet_train.parallel.agreement import agree, from_main_rank
+from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.planning.devices import peak_flops
 from monet_train.planning.flops import WorkDone, training_flops_per_token
@@ -65,19 +65,17 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     topology = Topology(config.parallel.tensor)
     folder = Path(config.run.dir).resolve()
     steps = total_steps(config)
-    resume = _agree(lambda: _check_inputs(config, folder, device))
-    corpus = _agree(lambda: _open_corpus(config, steps, folder))
-    assert corpus is not None
+    resume = agree(lambda: _check_inputs(config, folder, device))
+    corpus = agree(lambda: _open_corpus(config, steps, folder))
     identity = run_identity(config, corpus, topology)
-    _agree(lambda: check_same_run(resume, identity) if resume else None)
-    _agree(lambda: check_complete(resume) if resume and launch.is_main else None)
-    lock = _agree(lambda: lock_run_folder(folder) if launch.is_main else None)
+    agree(lambda: check_same_run(resume, identity) if resume else None)
+    agree(lambda: check_complete(resume) if resume and launch.is_main else None)
+    lock = agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
     # Again under the lock: another run may have saved meanwhile, and hosts may see a shared folder differently.
-    newest = [_agree(lambda: find_resume(config.checkpoint.resume, checkpoints_folder(folder)))]
-    dist.broadcast_object_list(newest, src=0)
-    _agree(lambda: _check_newest(newest[0], resume))
+    newest = from_main_rank(agree(lambda: find_resume(config.checkpoint.resume, checkpoints_folder(folder))))
+    agree(lambda: _check_newest(newest, resume))
 
     checkpoints = CheckpointWriter(
         checkpoints_folder(folder),
@@ -169,17 +167,6 @@ def _check_newest(newest: Path | None, resume: Path | None) -> None:
             f"{newest or resume} came or went while this run started, or not all hosts see it yet: run the command "
             "again"
         )
-
-
-def _agree(check: Any) -> Any:
-    """Run ``check`` on every rank; if any rank refuses, all do, so that none waits for the others."""
-    result, error = None, None
-    try:
-        result = check()
-    except UserError as refused:
-        error = refused
-    raise_together(error)
-    return result
 
 
 def _micro_batches(dataset: Any, sequences: int, steps: int, config: TrainConfig, topology: Topology) -> MicroBatches:
