@@ -169,7 +169,7 @@ def test_damaged_checkpoint(name: str, damage: str, trained: Path, shards: Path,
         os.truncate(checkpoint / name, (checkpoint / name).stat().st_size // 2)
     message = refusal([*overrides(tmp_path / "run", shards), f"checkpoint.resume={checkpoint}"])
     if (name, damage) == ("trainer.json", "missing"):
-        assert f"checkpoint.resume={checkpoint} is no checkpoint" in message
+        assert f"checkpoint.resume={checkpoint} is not a checkpoint" in message
     else:
         assert str(checkpoint / name) in message
         assert "move this checkpoint away" in message
