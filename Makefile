@@ -1,5 +1,6 @@
 # make quickstart   set up, then train, export and sample a small Monet on real text
 # make test         set up, then all tests
+# make test-fast    set up, then the tests for every day: neither slow ones nor several processes, Slurm or a GPU
 # make install      set up alone: .venv/ with the monet-* commands
 # make lint         ruff and mypy
 # make clean        remove what quickstart made
@@ -10,7 +11,9 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/bindings/* csrc/cpu/* csrc/cuda/*)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: quickstart test install lint clean
+FAST := not slow and not distributed and not slurm and not gpu
+
+.PHONY: quickstart test test-fast install lint clean
 
 install: $(STAMP)
 	@echo "installed: $(CURDIR)/$(BIN)/monet-train, monet-data, monet-export, monet-generate"
@@ -29,6 +32,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "$(FAST)"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,39 +1,96 @@
-"""What all tests share."""
+"""What all tests share: a Slurm, and small corpora made once per session."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import socket
-import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
+# before anything imports transformers, which reads them once
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 
-REPOSITORY = Path(__file__).parent.parent
-GOLDEN = REPOSITORY / "tests" / "golden"
-LOCAL_SLURM = REPOSITORY.parent / "shared" / "slurm_local"
-CONTROLLER_PORT = 16817  # of the local Slurm's configuration
+import pytest
+import torch
+
+from data_prep.__main__ import main
+from data_prep.recipe import Recipe, Source
+from data_prep.tokenizers import Tokenizer, load_tokenizer
+from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
+from tests.support import slurm as support_slurm
+from tests.support.commands import command, exit_status
+from tests.support.corpora import text_of
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_modules_left_behind() -> Iterator[None]:
+    """Removes the code of models that transformers copied."""
+    yield
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread: in models as small as most of the tests', threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
 def slurm() -> Iterator[dict[str, str]]:
-    """The environment of a running two-node Slurm."""
-    tools = ("sbatch", "slurmctld", "slurmd", "munged")
-    if not LOCAL_SLURM.is_dir() or any(shutil.which(tool) is None for tool in tools):
-        pytest.skip("needs Slurm's packages, munge and ../shared/slurm_local")
-    if os.geteuid() != 0:
-        pytest.skip("the local Slurm needs root")
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", CONTROLLER_PORT)) == 0:
-            pytest.skip("another local Slurm is up")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    folder.chmod(0o755)  # munge refuses a socket in a folder that not everybody may enter
-    try:
-        subprocess.run(["bash", LOCAL_SLURM / "up.sh", folder, "2"], check=True)
-        yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-    finally:
-        subprocess.run(["bash", LOCAL_SLURM / "down.sh", folder], check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+    """The environment of a running Slurm of two nodes."""
+    if reason := support_slurm.missing():
+        pytest.skip(reason)
+    with support_slurm.local_slurm(nodes=2) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the Python installation's own text, made by the commands a user would give. Read only."""
+    folder = tmp_path_factory.mktemp("text")
+    for arguments in (
+        ["tokenizer", "python", "--max-bytes", "1M", "--vocab-size", "512", "--out", folder / "tokenizer"],
+        ["shards", "python", "--max-bytes", "2M", "--tokenizer", folder / "tokenizer", "--out", folder / "shards"],
+    ):
+        command([sys.executable, "-m", "data_prep", *map(str, arguments)])
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents in two files, with labels. Read only."""
+    folder = tmp_path_factory.mktemp("jsonl")
+    for part in range(2):
+        lines = [
+            json.dumps({"text": text_of(i), "lang": ("en", "ru")[i % 2], "source": "made up"}, ensure_ascii=False)
+            for i in range(part * 150, part * 150 + 150)
+        ]
+        (folder / f"part-{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(jsonl: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A SentencePiece model of 400 pieces, trained on ``jsonl``."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "model"
+    make_tokenizer(Recipe([Source(str(jsonl / "*.jsonl"))]), TokenizerOptions(400), folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def data(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``monet-data`` in this process: ``data(arguments...)`` -> exit status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = exit_status(main, "monet-data", *arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 
 
 def quickstart(folder: Path) -> str:
@@ -26,6 +26,7 @@ def quickstart(folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quickstart_twice(tmp_path: Path) -> None:
     folder = tmp_path / "quickstart"

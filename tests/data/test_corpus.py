@@ -27,7 +27,7 @@ from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
 from monet_train.errors import UserError
-from tests.data.conftest import text_of, write_megatron
+from tests.support.corpora import text_of, write_megatron
 
 S = 64
 

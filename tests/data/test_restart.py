@@ -31,7 +31,9 @@ from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
-from tests.data.conftest import REPOSITORY, contents, text_of
+from tests.support import REPOSITORY
+from tests.support.corpora import text_of
+from tests.support.files import contents
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ from monet_train.data.manifest import Manifest, Position
 from monet_train.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from monet_train.data.shards import find_shards
 from monet_train.errors import UserError
-from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
+from tests.support import REPOSITORY
+from tests.support.corpora import documents_of, text_of
+from tests.support.files import contents
 
 
 def test_shards_hold_the_documents_in_order(shards: Path, tokenizer: Tokenizer) -> None:

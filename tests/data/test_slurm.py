@@ -13,7 +13,10 @@ import pytest
 
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
-from tests.data.conftest import REPOSITORY, documents_of, text_of
+from tests.support import REPOSITORY
+from tests.support.corpora import documents_of, text_of
+
+pytestmark = pytest.mark.slurm
 
 DEADLINE_SECONDS = 240
 
@@ -42,7 +45,6 @@ def submit(slurm: dict[str, str], tmp_path: Path) -> Submit:
     return run
 
 
-@pytest.mark.distributed
 def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     logs = submit(jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out)
@@ -52,7 +54,6 @@ def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: To
     assert {path.name for path in out.glob("*.bin")} == {"shard-0000-00000.bin", "shard-0001-00000.bin"}
 
 
-@pytest.mark.distributed
 def test_a_task_that_fails_is_not_merged(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """The merge leaves the queue; the same command goes on when the cause is mended."""
     sources = shutil.copytree(jsonl, tmp_path / "sources")

@@ -27,7 +27,9 @@ from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
-from tests.data.conftest import REPOSITORY, contents, documents_of, text_of
+from tests.support import REPOSITORY
+from tests.support.corpora import documents_of, text_of
+from tests.support.files import contents
 
 CORPORA = REPOSITORY.parent / "shared" / "corpora"
 

@@ -24,8 +24,10 @@ from data_prep.encode import Encoded
 from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.index_file import HEADER_BYTES
-from tests.data.conftest import REPOSITORY, contents, text_of
-from tests.data.test_tokenizers import byte_level
+from tests.support import REPOSITORY
+from tests.support.corpora import text_of
+from tests.support.files import contents
+from tests.support.tokenizers import byte_level
 
 
 @pytest.mark.parametrize("damage", ["token", "order", "labels", "tokenizer", "extra"])

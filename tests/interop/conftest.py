@@ -1,40 +1,21 @@
-"""What the interop tests share: offline transformers, the reference checkpoints, and their exports."""
+"""What the interop tests share: the reference checkpoints and their exports."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-# before anything imports transformers, which reads them once
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
-
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.interop.export import save_pretrained
+from tests.support import GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 FORMS = ("tiny_vertical", "tiny_horizontal")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_modules_left_behind() -> Iterator[None]:
-    yield
-    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
-
-
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models here are so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_models(one_thread: None) -> None:
+    """The models here are small."""
 
 
 @pytest.fixture(params=FORMS)

@@ -15,8 +15,7 @@ from monet_train.interop import export as export_module
 from monet_train.interop.export import main, save_pretrained
 from monet_train.kernels import plain
 from monet_train.model.transformer import MonetForCausalLM
-
-from .conftest import GOLDEN
+from tests.support import GOLDEN
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop.generate import Sampling, generate_tokens, main, stream_text
 from monet_train.interop.tokenizer import load_tokenizer
-
-from .conftest import GOLDEN
+from tests.support import GOLDEN
 
 GREEDY = Sampling(temperature=0)
 

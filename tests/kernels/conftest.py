@@ -14,7 +14,8 @@ from monet_train.kernels import extension
 from tests.kernels import cuda_emulation
 
 INSTRUCTION_SETS = ("AVX-512", "AVX2", "portable")
-BACKENDS = ("CPU", "emulated CUDA", *(("CUDA",) if torch.cuda.is_available() else ()))
+CUDA = [pytest.param("CUDA", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+BACKENDS = ("CPU", "emulated CUDA", *CUDA)
 
 
 @dataclass(frozen=True)

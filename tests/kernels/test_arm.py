@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 
 COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = [*sorted((REPOSITORY / "csrc" / "cpu").glob("*.cpp")), REPOSITORY / "csrc" / "bindings" / "cpu.cpp"]

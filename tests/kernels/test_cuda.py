@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from monet_train import kernels
-from tests.conftest import REPOSITORY
 from tests.kernels import cuda_emulation, test_experts, test_masks
 from tests.kernels.conftest import BACKENDS, Backend
+from tests.support import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90")

@@ -15,8 +15,8 @@ from monet_train.interop.generate import Sampling, generate_tokens
 from monet_train.kernels import extension
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
-from tests.conftest import GOLDEN
 from tests.model.conftest import tokens
+from tests.support import GOLDEN
 
 H, E, GROUPS, LAYERS = 3, 16, 2, 4
 IDS = tokens(2, 12)

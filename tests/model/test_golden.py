@@ -12,7 +12,7 @@ from torch import Tensor
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.kernels import extension
 from monet_train.model.transformer import MonetForCausalLM
-from tests.conftest import GOLDEN
+from tests.support import GOLDEN
 
 TOLERANCE = 1e-5
 

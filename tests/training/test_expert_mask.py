@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import TINY, records, train_in_turn, weights
+from tests.support.runs import TINY, Training, records, train_in_turn, weights
 
 TOPOLOGIES = {"whole": (1, 1, 0), "tensor": (1, 2, 1), "zero3": (2, 1, 3)}  # (data, tensor, ZeRO stage)
 
@@ -22,10 +22,9 @@ def test_losses_agree(form: str, shards: Path, tmp_path: Path) -> None:
             f"run.dir={tmp_path}/{name}", f"train.recompute={str(name == 'zero3').lower()}",
         ]  # fmt: skip
 
-    module = "tests.training.masked_worker"
-    train_in_turn([overrides("whole")], 1, tmp_path, module=module)
-    train_in_turn([overrides("tensor"), overrides("zero3")], 2, tmp_path, module=module)
-    train_in_turn([overrides("unmasked whole")], 1, tmp_path)
+    unmasked = Training(overrides("unmasked whole"))
+    train_in_turn([Training(overrides("whole"), masked=True), unmasked], 1, tmp_path)
+    train_in_turn([Training(overrides(name), masked=True) for name in ("tensor", "zero3")], 2, tmp_path)
 
     losses = {name: [r["loss"] for r in records(tmp_path / name)] for name in [*TOPOLOGIES, "unmasked whole"]}
     assert len(losses["whole"]) == 4

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from monet_train import load_pretrained
 from monet_train.interop.export import main as monet_export
-from tests.training.conftest import TINY, train_in_turn, weights
+from tests.support.runs import TINY, train_in_turn, weights
 
 STEPS = 5
 SPLITS = {

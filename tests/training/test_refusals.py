@@ -18,8 +18,9 @@ from monet_train.errors import EXIT_BAD_INPUT, UserError
 from monet_train.parallel.launch import Launch
 from monet_train.training.run_folder import lock_run_folder
 from monet_train.training.setup import build_trainer
-from tests.conftest import REPOSITORY
-from tests.training.conftest import TINY, free_port, train
+from tests.support import REPOSITORY
+from tests.support.commands import free_port, train
+from tests.support.runs import TINY
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0)
 
@@ -193,6 +194,7 @@ def test_folder_that_another_training_holds(trained: Path, shards: Path) -> None
     assert contents(trained) == before
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -210,6 +212,7 @@ def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> 
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
     bad, *fragments = BAD_CONFIGURATIONS["misspelt key"]
     done = train([*overrides(tmp_path / "run", shards), bad], check=False)
@@ -220,6 +223,7 @@ def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_command_refuses_changed_run(trained: Path, shards: Path) -> None:
     before = contents(trained)
     done = train([*overrides(trained, shards), "train.seed=1"], check=False)
@@ -256,6 +260,7 @@ def test_all_ranks_end_when_one_refuses(trained: Path, shards: Path, tmp_path: P
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_rank_tells_what_it_alone_may_have(shards: Path, tmp_path: Path) -> None:
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "monet_train.train", *overrides(tmp_path / "run", shards), "train.device=cuda"]
@@ -265,6 +270,7 @@ def test_a_rank_tells_what_it_alone_may_have(shards: Path, tmp_path: Path) -> No
     assert "rank 1: error: train.device=cuda, but torch sees no GPU" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "world"), [("0", "x"), ("2", "2")])
 def test_launcher_that_says_nonsense(rank: str, world: str) -> None:
     environment = os.environ | {"RANK": rank, "WORLD_SIZE": world}

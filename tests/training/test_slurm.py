@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.training.conftest import TINY, records, train
+from tests.support import REPOSITORY
+from tests.support.commands import train
+from tests.support.runs import TINY, records
+
+pytestmark = pytest.mark.slurm
 
 DEADLINE_SECONDS = 240
 STEPS = 60  # long enough that a signal sent after the first steps arrives before the last
@@ -57,7 +60,6 @@ class Job:
         self.wait_for(lambda: (self.run / "metrics.jsonl").exists() and len(records(self.run)) >= least)
 
 
-@pytest.mark.distributed
 def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     slurm: dict[str, str], shards: Path, tmp_path: Path
 ) -> None:
@@ -80,7 +82,6 @@ def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     assert records(job.run) == records(tmp_path / "plain")
 
 
-@pytest.mark.distributed
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(slurm: dict[str, str], shards: Path, tmp_path: Path) -> None:
     job = Job(slurm, ["model=nano", *TINY, f"data.path={shards}", "train.max_steps=100000"], tmp_path)
     job.wait_for_steps(2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import TINY, records, train_in_turn
+from tests.support.runs import TINY, records, train_in_turn
 
 SEQUENCES = 4  # of a micro-step, over all data ranks
 Topologies = dict[int, list[tuple[int, int, int]]]  # by number of processes: (data, tensor, ZeRO stage)

@@ -10,10 +10,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from monet_train.config.compose import compose
 from monet_train.parallel.launch import read_launch
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.setup import build_trainer
+from tests.support.runs import Training
 
 
 class KilledWhileSaving(Callback):
@@ -32,12 +35,26 @@ class KilledWhileSaving(Callback):
         return {}
 
 
+def mask_experts(model: torch.nn.Module) -> None:
+    """Mask half of the experts of the first routing group, per head, and scale those of the second."""
+    generator = torch.Generator().manual_seed(0)
+    shape = model.config.moe_heads, model.config.moe_experts, model.config.moe_experts
+    model.set_expert_mask(0, torch.rand(shape, generator=generator) > 0.5)
+    model.set_expert_mask(1, torch.randn(shape[1:], generator=generator))
+
+
+def run(training: Training) -> None:
+    with build_trainer(compose(training.overrides), read_launch()) as trainer:
+        if training.masked:
+            mask_experts(trainer.engine.module)
+        if training.killed_at is not None:
+            trainer.callbacks.insert(0, KilledWhileSaving(training.killed_at))
+        trainer.fit()
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store serves one process group only
-    for port, overrides, killed_at in json.loads(Path(sys.argv[1]).read_text()):
-        os.environ["MASTER_PORT"] = str(port)
-        with build_trainer(compose(overrides), read_launch()) as trainer:
-            if killed_at is not None:
-                trainer.callbacks.insert(0, KilledWhileSaving(killed_at))
-            trainer.fit()
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ["MASTER_PORT"] = str(entry.pop("port"))
+        run(Training(**entry))

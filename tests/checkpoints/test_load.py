@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from monet_train.checkpoints.layout import resolve_checkpoint
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
-
-from .conftest import GOLDEN
+from tests.support import GOLDEN
 
 
 @pytest.fixture

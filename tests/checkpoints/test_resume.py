@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
-from tests.training.conftest import TINY, records, train, train_in_turn, weights
+from tests.support import REPOSITORY
+from tests.support.commands import train
+from tests.support.runs import TINY, Training, records, train_in_turn, weights
 
 STEPS = 20
 KILLED_AT = 8
@@ -21,11 +22,13 @@ DEADLINE_SECONDS = 120
 RESUMABLE = [*TINY, f"train.max_steps={STEPS}", "eval.every=5", "eval.sequences=8", "checkpoint.every=4"]
 
 
+@pytest.mark.slow
 def test_killed_while_saving_then_stopped_by_sigterm(shards: Path, tmp_path: Path) -> None:
     base = [*RESUMABLE, f"data.path={shards}", "zero.stage=1", "train.micro_batch_size=2", "checkpoint.keep=2"]
     run = tmp_path / "run"
     interrupted = [*base, f"run.dir={run}", "logging.wandb.mode=offline"]
-    train_in_turn([[*base, f"run.dir={tmp_path}/whole"], interrupted], 1, tmp_path, killed_at=KILLED_AT)
+    whole = Training([*base, f"run.dir={tmp_path}/whole"])
+    train_in_turn([whole, Training(interrupted, killed_at=KILLED_AT)], 1, tmp_path)
 
     checkpoints = run / "checkpoints"
     assert folders(checkpoints) == ["partial_step_00000008", "step_00000004"]
@@ -52,7 +55,8 @@ def test_killed_while_saving_then_stopped_by_sigterm(shards: Path, tmp_path: Pat
 def test_killed_with_zero_3_on_two_ranks(shards: Path, tmp_path: Path) -> None:
     base = [*RESUMABLE, f"data.path={shards}", "zero.stage=3", "train.micro_batch_size=2", "train.recompute=true"]
     killed = [*base, f"run.dir={tmp_path}/run"]
-    train_in_turn([[*base, f"run.dir={tmp_path}/whole"], killed], 2, tmp_path, killed_at=KILLED_AT)
+    whole = Training([*base, f"run.dir={tmp_path}/whole"])
+    train_in_turn([whole, Training(killed, killed_at=KILLED_AT)], 2, tmp_path)
     assert folders(tmp_path / "run" / "checkpoints") == ["partial_step_00000008", "step_00000004"]
 
     done = train(killed, processes=2)

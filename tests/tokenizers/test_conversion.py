@@ -19,8 +19,7 @@ from monet_train.interop import convert_sentencepiece as conversion
 from monet_train.interop.convert_sentencepiece import PROBES, convert_sentencepiece, equally_probable
 from monet_train.interop.export import save_pretrained
 from monet_train.interop.tokenizer import load_tokenizer, special_token_ids
-
-from .conftest import GOLDEN
+from tests.support import GOLDEN
 
 CODE = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
 KINDS: dict[str, dict[str, object]] = {

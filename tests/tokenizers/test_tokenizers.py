@@ -16,7 +16,8 @@ from data_prep.sources import list_parts
 from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
 from monet_train.interop.convert_sentencepiece import convert_sentencepiece
-from tests.data.conftest import documents_of, text_of
+from tests.support.corpora import documents_of, text_of
+from tests.support.tokenizers import byte_level
 
 
 def test_a_trained_tokenizer_brings_text_back(tokenizer: Tokenizer, jsonl: Path, data, tmp_path: Path) -> None:
@@ -91,22 +92,6 @@ def test_a_tokenizer_of_an_installed_package() -> None:
     assert load_tokenizer(Path("mistral_common:data/tokenizer.model.v1")).record.vocabulary_size == 32000
     with pytest.raises(UserError, match="no installed package 'nowhere'"):
         load_tokenizer(Path("nowhere:model"))
-
-
-def byte_level(folder: Path, special: str, marked: bool = True) -> Path:
-    """A tokenizer.json of bytes, frequent words and a special token at the end, which is marked as such or not."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    inner.train_from_iterator([text_of(i) for i in range(50)], trainer)
-    inner.add_tokens([tokenizers.AddedToken(special, special=marked)])
-    folder.mkdir(exist_ok=True)
-    inner.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def test_a_hugging_face_tokenizer_serves_too(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Small corpora whose documents are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.tokenizers import Tokenizer
+from monet_train.data.manifest import Manifest
+from monet_train.data.megatron import IndexedDataset, IndexedDatasetBuilder
+
+SENTENCES = (
+    "The cat sat on the mat.\nЁжик в тумане, 北京欢迎你 — naïve café.\n"
+    "\tdef f(x):\n        return x + 1\n# </ABCDEF> ok\n"
+)
+
+
+def text_of(number: int) -> str:
+    """A document whose text tells its number."""
+    return f"Document {number}.\n" + SENTENCES[number % 7 :] * (1 + number % 5)
+
+
+def write_megatron(prefix: Path, documents: list[list[list[int]]]) -> Path:
+    """A pair as Megatron's tools make it: documents of one or more sequences, no manifest."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_document(np.concatenate(document), [len(sequence) for sequence in document])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def documents_of(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """The decoded documents, with a check that each ends with the end-of-text token once."""
+    texts = []
+    for record in Manifest.read(folder).shards:
+        shard = IndexedDataset(str(folder / record.name))
+        for i in range(len(shard)):
+            tokens = shard[i].tolist()
+            assert tokens[-1] == tokenizer.record.eos_id and tokens.count(tokenizer.record.eos_id) == 1
+            texts.append(tokenizer.decode(tokens[:-1]))
+    return texts
