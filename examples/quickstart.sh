@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From text to a sampled Monet in five minutes on two cores. Nothing is downloaded: the text is what every Python
-# installation has (sources, docstrings, licences), found at run time. Started again, it goes on where it stopped.
+# installation has (sources, docstrings, licences), found at run time. Started again, it resumes where it stopped.
 # usage: examples/quickstart.sh [FOLDER]        with monet-* on the PATH
 set -euo pipefail
 out=${1:-quickstart}
@@ -31,8 +31,9 @@ print(f"""
 run folder   {out}/run   (config.yaml, metrics.jsonl, checkpoints/, wandb/)
 model        {out}/hf    (AutoModelForCausalLM.from_pretrained("{out}/hf", trust_remote_code=True))
 loss         {losses[0]:.3f} at step 1, {losses[-1]:.3f} at step {len(losses)}; held out {held_out[-1]:.3f}
-next         .venv/bin/monet-train experiment=quickstart data.path={out}/shards run.dir={out}/run train.max_steps=2000
-             .venv/bin/monet-generate {out}/hf --prompt 'class ' --max-new-tokens 80""")
+next         .venv/bin/monet-generate {out}/hf --prompt 'class ' --max-new-tokens 80
+             .venv/bin/monet-train experiment=quickstart data.path={out}/shards run.dir={out}/run \\
+                 train.max_steps=2000""")
 if losses[-1] > losses[0] - 1:
     sys.exit("error: the loss did not fall; please open an issue with the run folder's config.yaml and metrics.jsonl")
 PYTHON
