@@ -1,9 +1,9 @@
 #!/bin/bash
-# Tokenize a corpus on a cluster: one task of `monet-data shards` for each element of the array, then the merge.
+# Tokenize a corpus on a cluster: one task of `monet-data shards` per element of the array, then the merge.
 #
 #   sbatch --array=0-63 slurm/prepare_data.sh conf/data_prep/fineweb_edu.yaml --tokenizer TOKENIZER --out data/fineweb
 #
-# All nodes need the sources and --out on a shared file system. A task that was killed or preempted goes on where it
+# All nodes need the sources and --out on a shared file system. A task that was killed or preempted resumes where it
 # stopped when it is requeued or when the same sbatch command is given again; finished tasks return at once.
 #SBATCH --job-name=monet-data
 #SBATCH --array=0-7
