@@ -24,7 +24,7 @@ $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch numpy "setuptools>=77" wheel
 	$(PIP) --no-build-isolation -e ".[dev]"
-	@$(BIN)/python -c "from monet_train import kernels; print(kernels.describe('auto', 'cpu'))"
+	@$(BIN)/python -c "from monet_train.kernels import AUTO; print(AUTO.describe('cpu'))"
 	@touch $@
 
 quickstart: $(STAMP)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.timing import Work, bytes_kept_for_backward, environment, medians_in_turn, peak_bytes
 from monet_train import kernels
 from monet_train.errors import one_line_errors
-from monet_train.kernels import DenseGates, Gates, plain
+from monet_train.kernels import AUTO, DenseGates, Gates, Kernels, plain
 
 ROOT = Path(__file__).parents[1]
 SIZES = ("nano", "850m", "1.4b", "4.1b")
@@ -119,14 +119,14 @@ def parameter(*shape: int, dtype: torch.dtype, by_columns: bool = False) -> Tens
 def thresholds(z: Tensor, k: int) -> Tensor:
     """As the router in training mode finds them: from the statistics of this batch."""
     count = z.shape[0] * z.shape[2]
-    mean, square = (kernels.head_moments(z) / count).unbind()
+    mean, square = (AUTO.head_moments(z) / count).unbind()
     return plain.activation_threshold(mean, square - mean.square(), k, z.shape[2], EPS).to(z.dtype)
 
 
 def route(x: Tensor, weight: Tensor, sizes: Sizes, implementation: str) -> Gates:
-    logits = plain.router_logits if implementation == "plain" else kernels.router_logits
+    logits = plain.router_logits if implementation == "plain" else AUTO.router_logits
     z = logits(x, weight, sizes.heads)
-    return kernels.route(z, thresholds(z, sizes.k), implementation)
+    return Kernels(implementation).route(z, thresholds(z, sizes.k))
 
 
 def training_step(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Work:
@@ -324,7 +324,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
-    said = kernels.describe("native", options.device)
+    said = Kernels("native").describe(options.device)
     print(said)
     measures = (measure_layer, measure_group, measure_decode)
     for name in options.sizes:

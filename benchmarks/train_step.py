@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import environment, medians_in_turn
-from monet_train import kernels
 from monet_train.config.compose import compose
 from monet_train.config.schema import TrainConfig
 from monet_train.errors import UserError, one_line_errors
+from monet_train.kernels import Kernels
+from monet_train.model.sharding import build_model
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.planning.devices import peak_flops
@@ -29,7 +30,7 @@ from monet_train.planning.flops import training_flops_per_token
 from monet_train.training.engine import build_engine, set_learning_rate
 from monet_train.training.objective import Objective
 from monet_train.training.optimizer import learning_rate
-from monet_train.training.setup import build_model, work_done
+from monet_train.training.setup import work_done
 
 ROOT = Path(__file__).parents[1]
 COMPARED_STEPS = 20
@@ -42,7 +43,15 @@ class Stepper:
     def __init__(self, config: TrainConfig, topology: Topology, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.engine = build_engine(build_model(config, topology, device), config, topology)
+        model = build_model(
+            config.model,
+            topology,
+            device,
+            seed=config.train.seed,
+            kernels=Kernels(config.kernels),
+            recompute=config.train.recompute,
+        )
+        self.engine = build_engine(model, config, topology)
         self.engine.train()
         self.objective = Objective.of(config.train)
         self.step = 0
@@ -92,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config = configs["native"]
     launch = Launch(rank=0, world_size=1, local_rank=0)
     device = resolve_device(config.train.device, launch)
-    said, conditions = kernels.describe("native", device), environment(device)
+    said, conditions = Kernels("native").describe(device), environment(device)
     start_process_group(launch, device)
     topology = Topology(tensor_size=1)
     steppers = {name: Stepper(each, topology, device) for name, each in configs.items()}

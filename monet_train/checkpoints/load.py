@@ -8,11 +8,17 @@ import torch
 
 from monet_train.checkpoints.layout import resolve_checkpoint
 from monet_train.checkpoints.weights import check_weights, read_config, read_weights
+from monet_train.kernels import Kernels
 from monet_train.model.transformer import MonetForCausalLM
 
 
 def load_pretrained(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    kernels: str = "auto",
+    recompute: bool = False,
 ) -> MonetForCausalLM:
     """Load a model, in evaluation mode.
 
@@ -20,6 +26,8 @@ def load_pretrained(
         path: a published or exported Hugging Face folder, a training checkpoint, or a run folder (newest step).
         dtype: of the parameters; default: as stored. The routers' statistics are fp32 in any case.
         device: where the model goes.
+        kernels: ``auto``, ``native`` or ``plain``: see :class:`monet_train.kernels.Kernels`.
+        recompute: for training: recompute activations in the backward pass instead of keeping them.
 
     Raises:
         UserError: one line that names the file and the key: a missing or truncated file, another architecture, or a
@@ -30,7 +38,7 @@ def load_pretrained(
     weights = read_weights(folder)
     check_weights(weights, config, folder)
     with torch.device("meta"):
-        model = MonetForCausalLM(config)
+        model = MonetForCausalLM(config, kernels=Kernels(kernels), recompute=recompute)
     for name, buffer in model.named_buffers():
         weights[name] = weights[name].to(buffer.dtype)  # a checkpoint in bf16 holds these in bf16 too
     model.load_state_dict(weights, assign=True)

@@ -66,7 +66,7 @@ def generate_tokens(
     made on the CPU, so that a seed means the same on every device.
     """
     stop = set(stop)
-    device = model.lm_head.weight.device
+    device = model.device
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache() if use_cache else None
     tokens = list(prompt)

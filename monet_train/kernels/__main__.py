@@ -1,9 +1,9 @@
-"""``python -m monet_train.kernels``: say in a line which implementation runs on this machine's CPU, and on its GPU."""
+"""``python -m monet_train.kernels``: one line each for this machine's CPU and GPU: which implementation runs there."""
 
 import torch
 
-from monet_train.kernels import describe
+from monet_train.kernels import AUTO
 
-print(describe("auto", "cpu"))
+print(AUTO.describe("cpu"))
 if torch.cuda.is_available():
-    print(describe("auto", "cuda"))
+    print(AUTO.describe("cuda"))

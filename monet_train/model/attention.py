@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from monet_train.model.config import MonetConfig
 from monet_train.model.rotary import rotate
+from monet_train.parallel.collectives import Collectives
 
 
 @dataclass
@@ -59,17 +60,17 @@ def attention_mask(segments: Tensor | None, cached: int, length: int, device: to
 
 
 class Attention(nn.Module):
-    """Multi-head causal attention. The head count is read off the projections, so a rank may hold a share."""
+    """Multi-head causal attention. The head count is read off the projections: a rank may hold a share of the heads."""
 
-    def __init__(self, config: MonetConfig, layer: int) -> None:
+    def __init__(self, config: MonetConfig, layer: int, collectives: Collectives) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         kv_width = config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = collectives.column(config.hidden_size, config.hidden_size)
+        self.k_proj = collectives.column(config.hidden_size, kv_width)
+        self.v_proj = collectives.column(config.hidden_size, kv_width)
+        self.o_proj = collectives.row(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """[B, S, d] -> [B, S, d]."""

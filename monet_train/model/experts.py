@@ -7,7 +7,6 @@ tensor has E x E entries a token: the rearranged sums are the functions of :mod:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,7 @@ from torch import Tensor, nn
 from monet_train import kernels
 from monet_train.kernels import Gates
 from monet_train.model.config import MonetConfig
-
-
-def identity(value: Tensor) -> Tensor:
-    """What ``enter`` and ``leave`` do where the inner dimension is not split."""
-    return value
+from monet_train.parallel.collectives import Collectives
 
 
 @dataclass(frozen=True)
@@ -37,17 +32,14 @@ class Routing:
 class Experts(nn.Module):
     """What both decompositions share: where tokens enter and leave the inner dimension m.
 
-    Gates mix over half-experts at a fixed inner unit, so a slice of m gives an exact partial sum. With a slice on
-    each tensor-parallel rank, ``enter`` and ``leave`` are Megatron's copy and all-reduce (see sharding.py). The
-    bias does not pass through m and is added once, outside.
+    Gates mix over half-experts at a fixed inner unit, so a slice of m gives an exact partial sum. Each tensor-parallel
+    rank has a slice; ``leave`` adds the partial sums. The output bias does not pass through m and is added once,
+    outside.
     """
 
-    enter: Callable[[Tensor], Tensor]
-    leave: Callable[[Tensor], Tensor]
-
-    def __init__(self) -> None:
+    def __init__(self, collectives: Collectives) -> None:
         super().__init__()
-        self.enter = self.leave = identity
+        self.enter, self.leave = collectives.enter, collectives.leave
 
     def routing(self, g1: Gates, g2: Gates, mask: Tensor | None) -> Routing:
         """Gates and mask as the layers of a routing group take them. Made once: the group's layers enter alike."""
@@ -68,9 +60,9 @@ class VerticalExperts(Experts):
     E_ij(x) = [v11_i a_i + v12_i c_j + b1_i,  v21_j a_i + v22_j c_j + b2_j],  a_i = relu²(u1_i x), c_j = relu²(u2_j x).
     """
 
-    def __init__(self, config: MonetConfig) -> None:
-        super().__init__()
-        d, inner = config.hidden_size, config.moe_experts * config.moe_dim // 2
+    def __init__(self, config: MonetConfig, collectives: Collectives) -> None:
+        super().__init__(collectives)
+        d, inner = config.hidden_size, config.moe_experts * collectives.share(config.moe_dim // 2)
         self.u1 = nn.Linear(d, inner)
         self.u2 = nn.Linear(d, inner)
         self.v11 = nn.Linear(inner, d // 2, bias=False)
@@ -97,9 +89,9 @@ class HorizontalExperts(Experts):
     E_ij(x) = v_j a_i + b_j,  a_i = relu²(u_i x).
     """
 
-    def __init__(self, config: MonetConfig) -> None:
-        super().__init__()
-        d, inner = config.hidden_size, config.moe_experts * config.moe_dim
+    def __init__(self, config: MonetConfig, collectives: Collectives) -> None:
+        super().__init__(collectives)
+        d, inner = config.hidden_size, config.moe_experts * collectives.share(config.moe_dim)
         self.u = nn.Linear(d, inner)
         self.v = nn.Linear(inner, d, bias=False)
         self.b = nn.Parameter(torch.zeros(config.moe_experts, d))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from monet_train.model.config import MonetConfig
-from monet_train.model.sharding import local_shard, mark_split_parameters
 from monet_train.model.transformer import MonetForCausalLM
 
 
@@ -24,19 +24,21 @@ def initial_value(name: str, shape: torch.Size, config: MonetConfig, seed: int) 
 
 
 @torch.no_grad()
-def initialize(model: MonetForCausalLM, device: torch.device, seed: int, rank: int = 0, size: int = 1) -> None:
-    """Give a model built on the meta device its weights and buffers, on ``device``.
+def initialize(
+    model: MonetForCausalLM,
+    device: torch.device,
+    seed: int,
+    share: Callable[[str, Tensor], Tensor] = lambda name, full: full,
+) -> None:
+    """Give a model built on the meta device its weights and buffers, on ``device``. Its parameters become new objects.
 
-    One full parameter at a time is drawn on the CPU and cut to this tensor rank's part.
+    One full parameter at a time is drawn on the CPU. ``share`` takes this process' part of the parameter ``name``.
     """
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in MonetForCausalLM(model.config).named_parameters()}
-    model.to_empty(device=device)  # new Parameter objects: marks come after it
-    if size > 1:
-        mark_split_parameters(model)
+    model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        full = initial_value(name, shapes[name], model.config, seed)
-        parameter.copy_(local_shard(name, full, model.config.moe_experts, rank, size))
+        parameter.copy_(share(name, initial_value(name, shapes[name], model.config, seed)))
     for router in model.model.routers():
         router.norm1.reset()
         router.norm2.reset()

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from monet_train import kernels
-from monet_train.kernels import Gates
+from monet_train.kernels import Gates, Kernels
 from monet_train.kernels.plain import activation_threshold
 from monet_train.model.config import MonetConfig
 from monet_train.model.mask import ExpertMask
 from monet_train.model.statistics import NORM_EPS, BatchStatistics, LogitStatistics
+from monet_train.parallel.collectives import Collectives
 
 
 class LogitProjection(nn.Linear):
     """w_s: routing logits [T, H, E], fp32 at least, of tokens [T, d]. Its backward pass visits active logits only."""
 
-    def __init__(self, config: MonetConfig) -> None:
+    def __init__(self, config: MonetConfig, kernels: Kernels) -> None:
         super().__init__(config.hidden_size, config.moe_heads * config.moe_experts, bias=False)
         self.heads = config.moe_heads
-        self.implementation = "auto"  # of the kernels
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.router_logits(x, self.weight, self.heads, self.implementation)
+        return self.kernels.router_logits(x, self.weight, self.heads)
 
 
 class Router(nn.Module):
@@ -34,32 +32,22 @@ class Router(nn.Module):
     being the 1 - k/E quantile of a normal distribution with the head's statistics; g_s = softmax over the active.
     """
 
-    def __init__(self, config: MonetConfig) -> None:
+    def __init__(self, config: MonetConfig, collectives: Collectives, kernels: Kernels) -> None:
         super().__init__()
         self.heads, self.experts, self.topk = config.moe_heads, config.moe_experts, config.moe_topk
-        self.w1 = LogitProjection(config)
-        self.w2 = LogitProjection(config)
+        self.collectives, self.kernels = collectives, kernels
+        self.w1 = LogitProjection(config, kernels)
+        self.w2 = LogitProjection(config, kernels)
         self.norm1 = LogitStatistics(self.heads)
         self.norm2 = LogitStatistics(self.heads)
         self.mask = ExpertMask(self.heads, self.experts)
-        # Sums a tensor over the ranks that share a micro-step; the identity in one process. Training replaces it.
-        self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
-
-    @property
-    def implementation(self) -> str:
-        """Of the kernels: ``auto``, ``native`` or ``plain`` (see :func:`monet_train.kernels.is_native`)."""
-        return self.w1.implementation
-
-    @implementation.setter
-    def implementation(self, value: str) -> None:
-        self.w1.implementation = self.w2.implementation = value
 
     def route(
         self, x: Tensor, statistics: BatchStatistics | None = None
     ) -> tuple[Gates, Gates, BatchStatistics | None]:
         """Route tokens.
 
-        Not ``forward``: gates are no plain tensors, and module hooks (ZeRO-3's) only see those. The module has no
+        Not ``forward``: gates are not plain tensors, and module hooks (ZeRO-3's) only see those. The module has no
         parameters of its own; its projections are called as modules.
 
         Args:
@@ -77,21 +65,19 @@ class Router(nn.Module):
             mean = torch.stack([self.norm1.running_mean, self.norm2.running_mean])
             var = torch.stack([self.norm1.running_var, self.norm2.running_var])
         threshold = activation_threshold(mean, var, self.topk, self.experts, NORM_EPS)
-        g1 = kernels.route(z1, threshold[0], self.implementation)
-        g2 = kernels.route(z2, threshold[1], self.implementation)
-        return g1, g2, statistics
+        return self.kernels.route(z1, threshold[0]), self.kernels.route(z2, threshold[1]), statistics
 
     def update_statistics(self, batch: BatchStatistics) -> None:
-        """Take a batch into the running statistics: once a micro-step, however often its gates are recomputed."""
+        """Take a batch into the running statistics: once per micro-step, however often its gates are recomputed."""
         self.norm1.update(batch.mean[0], batch.var[0], batch.count)
         self.norm2.update(batch.mean[1], batch.var[1], batch.count)
 
     @torch.no_grad()
     def _batch_statistics(self, z1: Tensor, z2: Tensor) -> BatchStatistics:
         count = z1.new_full((1,), z1.shape[0] * self.experts, dtype=torch.float64)
-        moments = (kernels.head_moments(z, self.implementation) for z in (z1, z2))
+        moments = (self.kernels.head_moments(z) for z in (z1, z2))
         local = torch.cat([*map(torch.flatten, moments), count])
-        total = self.sum_over_batch(local)
+        total = self.collectives.sum_over_batch(local)
         count = total[-1]
         first, second = (total[:-1] / count).view(2, 2, self.heads).unbind(1)
         return BatchStatistics(mean=first, var=(second - first.square()).clamp_min(0), count=count)

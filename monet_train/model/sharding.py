@@ -1,8 +1,8 @@
-"""How each module of a Monet is split over tensor-parallel ranks: the one place that says it.
+"""How a Monet is split over tensor-parallel ranks: the one place that says it.
 
 The model itself is written without ranks. :data:`SPLITS` names, for every parameter, the axis that is cut;
-:func:`split_model` puts Megatron's parallel layers in place of the plain ones; :func:`local_shard` and
-:func:`join_shards` cut and join weights by the same table, for initialisation, import and export.
+:func:`local_shard` and :func:`join_shards` cut and join weights by it, for initialisation, import and export;
+:func:`build_model` makes the model of a rank, out of Megatron's parallel layers.
 
 The experts are cut along their inner dimension m, not by expert: gates mix over half-experts at a fixed inner
 unit, so every rank's partial output is exact and one all-reduce ends the layer.
@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 
 import torch
-import torch.distributed as dist
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -29,12 +27,15 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from monet_train.errors import UserError
+from monet_train.kernels import Kernels
 from monet_train.model.config import MonetConfig
-from monet_train.model.experts import Experts
+from monet_train.model.initialize import initialize
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.collectives import ALONE, Collectives
+from monet_train.parallel.groups import Topology
 
 
 @dataclass(frozen=True)
@@ -114,29 +115,48 @@ class _Row(RowParallelLinear):
         return super().forward(input_)[0]
 
 
-def split_model(model: MonetForCausalLM, group: dist.ProcessGroup) -> None:
-    """Replace, in place, each module that is split by its tensor-parallel form of the same state-dict names.
+def build_model(
+    config: MonetConfig, topology: Topology, device: torch.device, *, seed: int, kernels: Kernels, recompute: bool
+) -> MonetForCausalLM:
+    """The model of this rank on ``device``: its share of the initial weights of ``seed``. Every rank calls it.
 
-    Weights are left uninitialised (the model is usually on the meta device here); see :mod:`.initialize`.
+    Raises:
+        UserError: sizes that make no model, or that the tensor-parallel size does not divide.
     """
+    rank, size = topology.tensor_rank, topology.tensor_size
+    check_tensor_size(config, size)
+    with torch.device("meta"):
+        model = MonetForCausalLM(config, collectives_of(topology), kernels, recompute)
+
+    def share(name: str, full: Tensor) -> Tensor:
+        return local_shard(name, full, config.moe_experts, rank, size)
+
+    initialize(model, device, seed, share)
+    if size > 1:
+        mark_split_parameters(model)  # initialisation makes new parameters
+    return model
+
+
+def collectives_of(topology: Topology) -> Collectives:
+    """What the model of a rank does together with the other ranks of ``topology``."""
+    group = topology.tensor_group
+    if group.size() == 1:
+        return replace(ALONE, sum_over_batch=topology.sum_over_data)
     megatron = ModelParallelConfig(
         tensor_model_parallel_size=group.size(), use_cpu_initialization=True, perform_initialization=False
     )
-    column = partial(_Column, config=megatron, init_method=None, bias=False, tp_group=group)
-    row = partial(
-        _Row, config=megatron, init_method=None, bias=False, input_is_parallel=True, skip_bias_add=False, tp_group=group
+    shared = {"init_method": None, "config": megatron, "tp_group": group}
+    return Collectives(
+        sum_over_batch=topology.sum_over_data,
+        tensor_size=group.size(),
+        enter=partial(copy_to_tensor_model_parallel_region, group=group),
+        leave=partial(reduce_from_tensor_model_parallel_region, group=group),
+        embedding=partial(VocabParallelEmbedding, **shared),
+        column=partial(_Column, **shared, bias=False),
+        row=partial(_Row, **shared, bias=False, input_is_parallel=True, skip_bias_add=False),
+        cross_entropy=vocab_parallel_cross_entropy,
+        gather_logits=partial(gather_from_tensor_model_parallel_region, group=group),
     )
-    d, vocabulary = model.config.hidden_size, model.config.vocab_size
-    model.model.embed_tokens = VocabParallelEmbedding(vocabulary, d, init_method=None, config=megatron, tp_group=group)
-    model.lm_head = column(d, vocabulary)
-    model.cross_entropy = vocab_parallel_cross_entropy
-    model.gather_logits = partial(gather_from_tensor_model_parallel_region, group=group)
-    for layer in chain.from_iterable(model.model.groups()):
-        attention = layer.self_attn
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(attention, name, column(d, getattr(attention, name).out_features))
-        attention.o_proj = row(d, d)
-        _split_experts(layer.moe, model.config.moe_experts, group)
 
 
 def mark_split_parameters(model: MonetForCausalLM) -> None:
@@ -148,15 +168,3 @@ def mark_split_parameters(model: MonetForCausalLM) -> None:
         split = split_of(name)
         if split is not None:
             set_tensor_model_parallel_attributes(parameter, True, split.axis, 1)
-
-
-def _split_experts(moe: Experts, experts: int, group: dist.ProcessGroup) -> None:
-    # The kernels take bare weights, so no parallel layer is needed here: smaller weights, and Megatron's
-    # conjugate pair of copy (backward: all-reduce) and reduce (forward: all-reduce) around the kernel.
-    moe.enter = partial(copy_to_tensor_model_parallel_region, group=group)
-    moe.leave = partial(reduce_from_tensor_model_parallel_region, group=group)
-    for name, parameter in list(moe.named_parameters()):
-        if split_of(f".moe.{name}") is not None:
-            owner, _, leaf = name.rpartition(".")
-            shard = local_shard(f".moe.{name}", parameter.detach(), experts, group.rank(), group.size())
-            setattr(moe.get_submodule(owner), leaf, nn.Parameter(shard.clone()))

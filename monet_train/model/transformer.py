@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monet_train.errors import UserError
-from monet_train.kernels import Gates
+from monet_train.kernels import AUTO, Gates, Kernels
 from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask
 from monet_train.model.auxiliary import GateSums, RouterReport, report
 from monet_train.model.config import MonetConfig
@@ -20,13 +20,9 @@ from monet_train.model.experts import EXPERTS, Experts
 from monet_train.model.rotary import rotary_tables
 from monet_train.model.router import Router
 from monet_train.model.statistics import BatchStatistics
+from monet_train.parallel.collectives import ALONE, Collectives
 
 IGNORED = -100  # target of a position that has no next token
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each position in fp32. logits [B, S, V], targets [B, S] -> [B, S]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
 
 
 @dataclass
@@ -55,26 +51,25 @@ class MonetOutput:
 class MonetLayer(nn.Module):
     """One decoder layer. The first layer of a routing group owns the router whose gates the group shares."""
 
-    def __init__(self, config: MonetConfig, index: int) -> None:
+    def __init__(self, config: MonetConfig, index: int, collectives: Collectives, kernels: Kernels) -> None:
         super().__init__()
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config, index, collectives)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.router = Router(config) if config.has_router(index) else None
-        self.moe = EXPERTS[config.moe_decompose](config)
+        self.router = Router(config, collectives, kernels) if config.has_router(index) else None
+        self.moe = EXPERTS[config.moe_decompose](config, collectives)
 
 
 class MonetModel(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: MonetConfig) -> None:
+    def __init__(self, config: MonetConfig, collectives: Collectives, kernels: Kernels) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = [MonetLayer(config, index) for index in range(config.num_hidden_layers)]
+        self.embed_tokens = collectives.embedding(config.vocab_size, config.hidden_size)
+        layers = [MonetLayer(config, index, collectives, kernels) for index in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.recompute = False  # recompute the activations of each routing group in the backward pass
 
     def routers(self) -> Iterator[Router]:
         """The routers, first layer to last."""
@@ -126,20 +121,30 @@ class RoutingGroup:
 class MonetForCausalLM(nn.Module):
     """A Monet language model. Parameter and buffer names are those of the published state dict.
 
-    ``cross_entropy`` and ``gather_logits`` are replaced where the vocabulary is split over ranks
-    (:mod:`monet_train.model.sharding`), ``sum_over_batch`` where ranks share a micro-step
-    (:mod:`monet_train.training.setup`).
+    Args:
+        config: the architecture.
+        collectives: what other processes take part in; :func:`monet_train.model.sharding.build_model` makes them.
+        kernels: which implementation runs the routing and expert operations.
+        recompute: recompute the activations of each routing group in the backward pass instead of keeping them.
+
+    Raises:
+        UserError: sizes that make no model, naming the key.
     """
 
-    def __init__(self, config: MonetConfig) -> None:
+    def __init__(
+        self,
+        config: MonetConfig,
+        collectives: Collectives = ALONE,
+        kernels: Kernels = AUTO,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.model = MonetModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-        self.gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits
-        self.sum_over_batch: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.collectives = collectives
+        self.recompute = recompute
+        self.model = MonetModel(config, collectives, kernels)
+        self.lm_head = collectives.column(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
@@ -182,13 +187,13 @@ class MonetForCausalLM(nn.Module):
         reports = []
         for layers, router in zip(self.model.groups(), self.model.routers(), strict=True):
             group = RoutingGroup(layers, context, keep_states=output_hidden_states or output_router_probs)
-            if self.model.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 hidden, *sums = checkpoint(group, hidden, use_reentrant=False)
             else:
                 hidden, *sums = group(hidden)
             if group.statistics is not None:
                 router.update_statistics(group.statistics)
-                reports.append(report(GateSums(*sums), input_ids.numel(), self.sum_over_batch))
+                reports.append(report(GateSums(*sums), input_ids.numel(), self.collectives.sum_over_batch))
             states += group.states
             if output_router_probs and group.gates is not None:
                 batch = input_ids.shape
@@ -203,7 +208,7 @@ class MonetForCausalLM(nn.Module):
             loss_sum, counted = self._sum_losses(logits, targets)
             loss = loss_sum / counted.clamp_min(1)
         return MonetOutput(
-            logits=self.gather_logits(logits) if keep_logits else None,
+            logits=self.collectives.gather_logits(logits) if keep_logits else None,
             loss=loss,
             loss_sum=loss_sum,
             targets=counted,
@@ -211,6 +216,11 @@ class MonetForCausalLM(nn.Module):
             hidden_states=states if output_hidden_states else None,
             routers=reports,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.norm.weight.device
 
     def store_for_decoding(self) -> None:
         """Lay the output weights of all experts out for one token at a time: same shapes and values, much faster."""
@@ -260,5 +270,5 @@ class MonetForCausalLM(nn.Module):
     def _sum_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the counted targets, and their number."""
         counted = targets != IGNORED
-        losses = self.cross_entropy(logits, targets.masked_fill(~counted, 0))
+        losses = self.collectives.cross_entropy(logits, targets.masked_fill(~counted, 0))
         return losses.masked_fill(~counted, 0).sum(), counted.sum()

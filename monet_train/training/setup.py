@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from monet_train import kernels
 from monet_train.checkpoints.layout import checkpoints_folder
 from monet_train.checkpoints.resume import check_complete, check_same_run, find_resume, restore
 from monet_train.checkpoints.save import CheckpointWriter
@@ -18,9 +17,8 @@ from monet_train.config.schema import TrainConfig
 from monet_train.data.batches import MicroBatches
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
 from monet_train.errors import UserError
-from monet_train.model.initialize import initialize
-from monet_train.model.sharding import split_model
-from monet_train.model.transformer import MonetForCausalLM
+from monet_train.kernels import Kernels
+from monet_train.model.sharding import build_model
 from monet_train.parallel.agreement import agree, from_main_rank
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
@@ -84,7 +82,14 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         zero_stage=config.zero.stage,
         tokenizer_file=corpus.tokenizer_file,
     )
-    model = build_model(config, topology, device)
+    model = build_model(
+        config.model,
+        topology,
+        device,
+        seed=config.train.seed,
+        kernels=Kernels(config.kernels),
+        recompute=config.train.recompute,
+    )
     engine = build_engine(model, config, topology)
     batches = _micro_batches(corpus.train, config.train.global_batch_size, steps, config, topology)
     resources.callback(batches.close)
@@ -108,21 +113,6 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
     return trainer
 
 
-def build_model(config: TrainConfig, topology: Topology, device: torch.device) -> MonetForCausalLM:
-    """The model of this rank: split, initialised, tied to the ranks that share its micro-steps."""
-    with torch.device("meta"):
-        model = MonetForCausalLM(config.model)
-        if topology.tensor_size > 1:
-            split_model(model, topology.tensor_group)
-    initialize(model, device, config.train.seed, topology.tensor_rank, topology.tensor_size)
-    model.model.recompute = config.train.recompute
-    model.sum_over_batch = topology.sum_over_data
-    for router in model.model.routers():
-        router.sum_over_batch = topology.sum_over_data
-        router.implementation = config.kernels
-    return model
-
-
 def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dict[str, Any]:
     """What must be the same for a run to go on, by key: the model, the data and their order, how state is split."""
     order = dict(corpus.identity)
@@ -142,7 +132,7 @@ def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dic
 
 
 def _check_inputs(config: TrainConfig, folder: Path, device: torch.device) -> Path | None:
-    kernels.is_native(config.kernels, device)  # refuses native kernels that cannot run
+    Kernels(config.kernels).is_native(device)  # refuses native kernels that cannot run
     check_shards(config.data, config.model.vocab_size)
     check_run_folder(folder, config)
     return find_resume(config.checkpoint.resume, checkpoints_folder(folder))
@@ -182,7 +172,7 @@ def _micro_batches(dataset: Any, sequences: int, steps: int, config: TrainConfig
 
 def work_done(config: TrainConfig, device: torch.device) -> WorkDone:
     """What the implementation that will run on ``device`` really does of the dense work."""
-    native = kernels.is_native(config.kernels, device)
+    native = Kernels(config.kernels).is_native(device)
     return WorkDone(
         rows_skipped=native and device.type == "cpu",
         mixing_skipped=native,
@@ -232,7 +222,7 @@ def _announce(
     print(
         f"{config.run.name}: {topology.data_size} data x {topology.tensor_size} tensor ranks on {device.type}, "
         f"ZeRO {config.zero.stage}, {config.train.precision}, {flops / 1e6:,.0f} MFLOP a token; "
-        f"{kernels.describe(config.kernels, device.type)}; "
+        f"{Kernels(config.kernels).describe(device.type)}; "
         + (f"goes on after step {trainer.step} ({resume})" if resume else f"starts in {Path(config.run.dir)}"),
         flush=True,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from monet_train import kernels
+from monet_train.kernels import AUTO, Kernels
 from tests.kernels import cuda_emulation, test_experts, test_masks
 from tests.kernels.conftest import BACKENDS, Backend
 from tests.support import REPOSITORY
@@ -77,12 +78,12 @@ def masked_layer(form: str, tokens: int) -> Callable[[], list[Tensor]]:
 def router(tokens: int, experts: int) -> list[Tensor]:
     """Gates, their layout, everything that is summed of them, and the gradients of that."""
     z = torch.randn(tokens, 3, experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    gates = kernels.route(z, torch.full((3,), 1.5), "native")
+    gates = Kernels("native").route(z, torch.full((3,), 1.5))
     assert isinstance(gates, kernels.CompactGates)
     total, largest = gates.total(), gates.largest_total()
     (total.square().sum() + largest.square().sum()).backward()
     assert z.grad is not None
-    moments = kernels.head_moments(z)
+    moments = AUTO.head_moments(z)
     return [gates.values, *gates.layout.tensors(), gates.dense(), total, largest, moments, z.grad]
 
 
@@ -113,14 +114,14 @@ def test_same_bits_whatever_the_order_of_threads(run: Callable[[], list[Tensor |
 def test_more_half_experts_than_shared_memory_holds(backend: Backend) -> None:
     z = torch.zeros(1, 1, 60_000, device=backend.device)
     with pytest.raises(RuntimeError, match=r"shared memory a block, .* use fewer half-experts"):
-        kernels.route(z, torch.zeros(1, device=backend.device), "native")
+        Kernels("native").route(z, torch.zeros(1, device=backend.device))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_cuda_the_definition_runs_on_a_gpu(native: None) -> None:
-    assert "plain PyTorch definition" in kernels.describe("auto", "cuda")
+    assert "plain PyTorch definition" in AUTO.describe("cuda")
     if torch.version.cuda is None:
-        assert "built without CUDA" in kernels.describe("auto", "cuda")
+        assert "built without CUDA" in AUTO.describe("cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from monet_train import kernels
+from monet_train.kernels import Kernels
 from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -77,7 +78,7 @@ class Case:
         )  # fmt: skip
 
     def output(self, implementation: str) -> Tensor:
-        g1, g2 = (kernels.route(z, self.threshold.to(z), implementation) for z in self.z)
+        g1, g2 = (Kernels(implementation).route(z, self.threshold.to(z)) for z in self.z)
         if self.layer == "vertical":
             return kernels.vertical_experts(self.x, g1, g2, None, *self.weights)
         if self.layer == "horizontal":
@@ -229,7 +230,7 @@ def test_a_weight_that_is_nan(backend: Backend) -> None:
     case = make("vertical", Shape(), torch.float32).copy(torch.float32, backend.device)
     with torch.no_grad():
         case.weights[0][3 * 4 + 1] = math.nan  # half-expert 4 of side 1
-        users = (kernels.route(case.z[0], case.threshold.to(case.z[0]), "native").dense()[..., 4] != 0).any(1)
+        users = (Kernels("native").route(case.z[0], case.threshold.to(case.z[0])).dense()[..., 4] != 0).any(1)
         finite = case.output("native").isfinite()
     assert users.any() and not users.all()
     assert finite[~users].all()

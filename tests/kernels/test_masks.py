@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monet_train import kernels
-from monet_train.kernels import plain
+from monet_train.kernels import Kernels, plain
 from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -101,7 +101,7 @@ class Case:
 
     def output(self, implementation: str) -> Tensor:
         """The layer with its output bias."""
-        g1, g2 = (kernels.route(z, self.threshold.to(z), implementation) for z in self.z)
+        g1, g2 = (Kernels(implementation).route(z, self.threshold.to(z)) for z in self.z)
         r1, r2 = kernels.expert_weights(g1, g2, self.mask)
         if self.form == "vertical":
             bias = torch.cat([kernels.expert_bias(r, b) for r, b in zip((r1, r2), self.biases, strict=True)], -1)

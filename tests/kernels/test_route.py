@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from monet_train import kernels
 from monet_train.errors import UserError
-from monet_train.kernels import CompactGates, DenseGates, extension, plain
+from monet_train.kernels import AUTO, CompactGates, DenseGates, Kernels, extension, plain
 from monet_train.model.config import MonetConfig
 from monet_train.model.router import Router
+from monet_train.parallel.collectives import ALONE
 from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 
@@ -84,7 +84,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype, backend: Backend) -> None:
     z = routed.z.to(backend.device, dtype, copy=True).requires_grad_()
-    gates = kernels.route(z, routed.threshold.to(z), "native")
+    gates = Kernels("native").route(z, routed.threshold.to(z))
     assert isinstance(gates, CompactGates)
     dense = gates.dense()
     reference_z = routed.z.clone().requires_grad_()
@@ -102,7 +102,7 @@ def test_gates_and_their_gradient(routed: Case, dtype: torch.dtype, backend: Bac
 def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str, backend: Backend) -> None:
     z = routed.z.to(backend.device, dtype, copy=True).requires_grad_()
     reference_z = routed.z.clone().requires_grad_()
-    value = getattr(kernels.route(z, routed.threshold.to(z), "native"), method)()
+    value = getattr(Kernels("native").route(z, routed.threshold.to(z)), method)()
     reference = getattr(DenseGates(plain.gates(reference_z, routed.threshold)), method)()
     torch.testing.assert_close(value.double().cpu(), reference, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     (value * fixed_weights(value)).sum().backward()
@@ -112,7 +112,7 @@ def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str, backend
 
 def test_active_pairs(routed: Case, backend: Backend) -> None:
     there = routed.to(backend.device)
-    gates = kernels.route(there.z.float(), there.threshold.float(), "native")
+    gates = Kernels("native").route(there.z.float(), there.threshold.float())
     assert gates.active() == DenseGates(plain.gates(routed.z, routed.threshold)).active()
 
 
@@ -120,7 +120,7 @@ def test_active_pairs(routed: Case, backend: Backend) -> None:
 def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool, backend: Backend) -> None:
     found = case(20, 3, 70, 4).to(backend.device)
     found.z[7, 1, 13] = value
-    dense = kernels.route(found.z, found.threshold, "native").dense()
+    dense = Kernels("native").route(found.z, found.threshold).dense()
     torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
     assert dense[7, 1].isnan().all() == row_is_nan
     assert dense.isnan().sum() == (70 if row_is_nan else 0)
@@ -129,7 +129,7 @@ def test_a_logit_that_is_not_finite(value: float, row_is_nan: bool, backend: Bac
 def test_a_threshold_that_is_nan(backend: Backend) -> None:
     found = case(20, 3, 70, 4).to(backend.device)
     found.threshold[2] = math.nan
-    dense = kernels.route(found.z, found.threshold, "native").dense()
+    dense = Kernels("native").route(found.z, found.threshold).dense()
     torch.testing.assert_close(dense, plain.gates(found.z, found.threshold), equal_nan=True)
     assert dense[:, 2].isnan().all()
 
@@ -137,7 +137,7 @@ def test_a_threshold_that_is_nan(backend: Backend) -> None:
 def test_nan_reaches_the_sums(backend: Backend) -> None:
     found = case(20, 3, 70, 4).to(backend.device)
     found.z[7, 1, 13] = math.nan
-    gates = kernels.route(found.z, found.threshold, "native")
+    gates = Kernels("native").route(found.z, found.threshold)
     assert torch.equal(gates.total().isnan().all(1).cpu(), torch.tensor([False, True, False]))
     assert torch.equal(gates.largest_total().isnan().cpu(), torch.tensor([False, True, False]))
 
@@ -149,10 +149,10 @@ def test_same_bits_with_any_number_of_threads(with_threads: Callable[[int], None
     def run(threads: int) -> list[Tensor]:
         with_threads(threads)
         z = found.z.float().requires_grad_()
-        gates = kernels.route(z, found.threshold.float(), "native")
+        gates = Kernels("native").route(z, found.threshold.float())
         total = gates.total()
         (total * fixed_weights(total)).sum().backward()
-        return [gates.values, *gates.layout.tensors(), total, kernels.head_moments(z), z.grad]
+        return [gates.values, *gates.layout.tensors(), total, AUTO.head_moments(z), z.grad]
 
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
 
@@ -160,10 +160,10 @@ def test_same_bits_with_any_number_of_threads(with_threads: Callable[[int], None
 def test_map_carries_the_gradient(backend: Backend) -> None:
     found = case(10, 2, 32, 3).to(backend.device)
     z = found.z.requires_grad_()
-    gates = kernels.route(z, found.threshold, "native")
+    gates = Kernels("native").route(z, found.threshold)
     (gates.map(lambda values: 3 * values).dense() * fixed_weights(z)).sum().backward()
     tripled, z.grad = z.grad, None
-    (kernels.route(z, found.threshold, "native").dense() * fixed_weights(z)).sum().backward()
+    (Kernels("native").route(z, found.threshold).dense() * fixed_weights(z)).sum().backward()
     torch.testing.assert_close(tripled, 3 * z.grad)
 
 
@@ -171,49 +171,47 @@ def test_strided_logits(backend: Backend) -> None:
     found = case(12, 4, 30, 3).to(backend.device)
     strided = found.z.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     torch.testing.assert_close(
-        kernels.route(strided, found.threshold, "native").dense(), plain.gates(found.z, found.threshold)
+        Kernels("native").route(strided, found.threshold).dense(), plain.gates(found.z, found.threshold)
     )
 
 
 def test_head_moments(routed: Case, backend: Backend) -> None:
     z = routed.z.to(backend.device).float() + 3
-    torch.testing.assert_close(kernels.head_moments(z), plain.head_moments(z), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(AUTO.head_moments(z), plain.head_moments(z), rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.usefixtures("native")
 def test_auto_is_native_for_fp32_only() -> None:
     found = case(5, 2, 16, 2)
-    assert isinstance(kernels.route(found.z.float(), found.threshold.float()), CompactGates)
-    assert isinstance(kernels.route(found.z, found.threshold), DenseGates)
-    assert "native" in kernels.describe("auto", "cpu")
+    assert isinstance(AUTO.route(found.z.float(), found.threshold.float()), CompactGates)
+    assert isinstance(AUTO.route(found.z, found.threshold), DenseGates)
+    assert "native" in AUTO.describe("cpu")
 
 
 def test_plain_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     config = MonetConfig(hidden_size=8, num_attention_heads=2, moe_heads=2, moe_experts=16, moe_topk=2)
-    router = Router(config).train()
-    router.implementation = "plain"
+    router = Router(config, ALONE, Kernels("plain")).train()
     monkeypatch.setattr(torch.ops, "monet", None)  # no native operation can be called
     gates, _, statistics = router.route(torch.randn(5, 8))
     assert isinstance(gates, DenseGates)
     gates.total().sum().backward()
     assert router.w1.weight.grad is not None
     assert statistics is not None
-    assert "plain" in kernels.describe("plain", "cpu")
+    assert "plain" in Kernels("plain").describe("cpu")
 
 
 def test_unknown_implementation_is_refused() -> None:
-    found = case(5, 2, 16, 2)
     with pytest.raises(UserError, match="kernels=fast is unknown"):
-        kernels.route(found.z, found.threshold, "fast")
+        Kernels("fast")
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "missing", lambda: "not built")
     found = case(5, 2, 16, 2)
-    assert isinstance(kernels.route(found.z.float(), found.threshold.float()), DenseGates)
+    assert isinstance(AUTO.route(found.z.float(), found.threshold.float()), DenseGates)
     with pytest.raises(UserError, match=r"kernels=native cannot run here \(not built\)"):
-        kernels.route(found.z, found.threshold, "native")
+        Kernels("native").route(found.z, found.threshold)
     with pytest.raises(UserError, match=r"kernels=native cannot run here \(not built\)"):
-        kernels.describe("native", "cpu")
-    assert "not built" in kernels.describe("auto", "cpu")
-    torch.testing.assert_close(kernels.head_moments(found.z.float()), plain.head_moments(found.z.float()))
+        Kernels("native").describe("cpu")
+    assert "not built" in AUTO.describe("cpu")
+    torch.testing.assert_close(AUTO.head_moments(found.z.float()), plain.head_moments(found.z.float()))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from monet_train import kernels
-from monet_train.kernels import plain
+from monet_train.kernels import AUTO, Kernels, plain
 from tests.kernels.conftest import fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -39,7 +38,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor]:
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     z = logits(x, weight, len(threshold))
-    dense = kernels.route(z, threshold.to(z.dtype), "native").dense()
+    dense = Kernels("native").route(z, threshold.to(z.dtype)).dense()
     (dense * fixed_weights(dense)).sum().backward()
     assert x.grad is not None and weight.grad is not None
     assert not x.grad.is_sparse and not weight.grad.is_sparse
@@ -51,7 +50,7 @@ def gradients(
 def test_gradients(size: tuple[int, int, int, int, float], dtype: torch.dtype) -> None:
     x, weight, threshold = inputs(size, dtype)
     expected = gradients(plain.router_logits, x, weight, threshold)
-    found = gradients(kernels.router_logits, x.to(dtype), weight.to(dtype), threshold)
+    found = gradients(AUTO.router_logits, x.to(dtype), weight.to(dtype), threshold)
     for value, reference in zip(found, expected, strict=True):
         assert value.dtype == dtype
         atol = 1e-13 if dtype == torch.float64 else 2e-6
@@ -61,11 +60,11 @@ def test_gradients(size: tuple[int, int, int, int, float], dtype: torch.dtype) -
 def test_bf16() -> None:
     """The logits are rounded to bf16 by the projection, then wide: the same gates, one rounding at the end."""
     x, weight, threshold = (tensor.bfloat16() for tensor in inputs(SIZES["odd sizes"], torch.bfloat16))
-    z = kernels.router_logits(x, weight, 3)
+    z = AUTO.router_logits(x, weight, 3)
     assert z.dtype == torch.float32
     assert torch.equal(z, plain.router_logits(x, weight, 3))
     expected = gradients(plain.router_logits, x, weight, threshold)
-    for value, reference in zip(gradients(kernels.router_logits, x, weight, threshold), expected, strict=True):
+    for value, reference in zip(gradients(AUTO.router_logits, x, weight, threshold), expected, strict=True):
         assert value.dtype == torch.bfloat16
         # the definition rounds the logits' gradient to bf16 before its products
         torch.testing.assert_close(value, reference, rtol=2**-6, atol=2**-6 * reference.abs().max().item())
@@ -78,7 +77,7 @@ def test_gradient_is_sparse_only_on_the_straight_way() -> None:
 
     def hooked(between: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
         def logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-            z = kernels.router_logits(x, weight, heads)
+            z = AUTO.router_logits(x, weight, heads)
             z.register_hook(lambda gradient: seen.append(gradient.is_sparse))
             return between(z)
 
@@ -98,11 +97,11 @@ def test_sum_with_a_dense_gradient() -> None:
 
     def loss(logits: Callable[[Tensor, Tensor, int], Tensor], weight: Tensor) -> Tensor:
         z = logits(x, weight, 3)
-        dense = kernels.route(z, threshold, "native").dense()
+        dense = Kernels("native").route(z, threshold).dense()
         return (dense * fixed_weights(dense)).sum() + z.square().sum()
 
     found, expected = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss(kernels.router_logits, found).backward()
+    loss(AUTO.router_logits, found).backward()
     loss(plain.router_logits, expected).backward()
     torch.testing.assert_close(found.grad, expected.grad)
 
@@ -112,7 +111,7 @@ def test_recomputation() -> None:
     weight.requires_grad_()
 
     def gates(x: Tensor) -> Tensor:
-        return kernels.route(kernels.router_logits(x, weight, 3), threshold, "native").dense()
+        return Kernels("native").route(AUTO.router_logits(x, weight, 3), threshold).dense()
 
     dense = checkpoint(gates, x, use_reentrant=False)
     (dense * fixed_weights(dense)).sum().backward()
@@ -122,15 +121,15 @@ def test_recomputation() -> None:
 def test_same_bits_with_any_number_of_threads(with_threads: Callable[[int], None]) -> None:
     x, weight, threshold = inputs(SIZES["several token blocks"], torch.float32)
     with_threads(1)
-    first = gradients(kernels.router_logits, x.float(), weight.float(), threshold)
+    first = gradients(AUTO.router_logits, x.float(), weight.float(), threshold)
     with_threads(3)
-    second = gradients(kernels.router_logits, x.float(), weight.float(), threshold)
+    second = gradients(AUTO.router_logits, x.float(), weight.float(), threshold)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
 def test_nan_reaches_the_gradients() -> None:
     x, weight, threshold = inputs(SIZES["odd sizes"], torch.float64)
     x[5, 3] = math.nan
-    dx, dweight = gradients(kernels.router_logits, x, weight, threshold)
+    dx, dweight = gradients(AUTO.router_logits, x, weight, threshold)
     assert dx[5].isnan().all() and dweight.isnan().all()
     assert dx[:5].isfinite().all() and dx[6:].isfinite().all()

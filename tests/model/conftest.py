@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,15 @@ def config(form: str) -> MonetConfig:
 
 
 @pytest.fixture
-def build() -> Callable[[MonetConfig], MonetForCausalLM]:
-    """Builds a model in evaluation mode, with weights large enough that everything matters."""
+def build() -> Callable[..., MonetForCausalLM]:
+    """Builds a model in evaluation mode, with weights large enough that everything matters.
 
-    def make(config: MonetConfig) -> MonetForCausalLM:
+    Options are those of its constructor.
+    """
+
+    def make(config: MonetConfig, **options: Any) -> MonetForCausalLM:
         with torch.device("meta"):
-            model = MonetForCausalLM(config)
+            model = MonetForCausalLM(config, **options)
         initialize(model, CPU, seed=0)
         return model.eval()
 

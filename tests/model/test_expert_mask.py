@@ -12,7 +12,7 @@ from torch import Tensor
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop.generate import Sampling, generate_tokens
-from monet_train.kernels import extension
+from monet_train.kernels import Kernels, extension
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 from tests.model.conftest import tokens
@@ -23,21 +23,28 @@ IDS = tokens(2, 12)
 
 
 @pytest.fixture(params=["plain", "native"])
-def model(
-    request: pytest.FixtureRequest, config: MonetConfig, build: Callable[[MonetConfig], MonetForCausalLM]
-) -> MonetForCausalLM:
-    """With output biases that matter, and each implementation of the expert operations."""
+def make(
+    request: pytest.FixtureRequest, config: MonetConfig, build: Callable[..., MonetForCausalLM]
+) -> Callable[[bool], MonetForCausalLM]:
+    """Builds models with output biases that matter, and each implementation of the expert operations."""
     if request.param == "native" and (reason := extension.missing()):
         pytest.skip(f"native kernels: {reason}")
-    built = build(config)
-    generator = torch.Generator().manual_seed(1)
-    for layer in built.model.layers:
-        for name, parameter in layer.moe.named_parameters():
-            if name in ("b", "b1", "b2"):
-                parameter.data.normal_(generator=generator)
-    for router in built.model.routers():
-        router.implementation = request.param
-    return built
+
+    def make_model(recompute: bool) -> MonetForCausalLM:
+        built = build(config, kernels=Kernels(request.param), recompute=recompute)
+        generator = torch.Generator().manual_seed(1)
+        for layer in built.model.layers:
+            for name, parameter in layer.moe.named_parameters():
+                if name in ("b", "b1", "b2"):
+                    parameter.data.normal_(generator=generator)
+        return built
+
+    return make_model
+
+
+@pytest.fixture
+def model(make: Callable[[bool], MonetForCausalLM]) -> MonetForCausalLM:
+    return make(False)
 
 
 def random_mask(*shape: int) -> Tensor:
@@ -127,19 +134,15 @@ def test_gates_and_auxiliary_losses_are_those_without_a_mask(model: MonetForCaus
 
 
 @pytest.mark.parametrize("heads", [1, H])
-def test_recomputation(model: MonetForCausalLM, heads: int) -> None:
+def test_recomputation(make: Callable[[bool], MonetForCausalLM], heads: int) -> None:
     """The mask of the forward pass is that of its backward pass, even where another was set between them."""
-    model.train()
-    model.set_expert_mask(0, random_mask(heads, E, E))
 
     def gradients(recompute: bool) -> list[Tensor]:
-        model.zero_grad()
-        model.model.recompute = recompute
+        model = make(recompute).train()
+        model.set_expert_mask(0, random_mask(heads, E, E))
         loss = model(IDS, labels=IDS).loss
-        mask = next(model.model.routers()).mask.factors
         model.clear_expert_mask()
         loss.backward()
-        model.set_expert_mask(0, mask)
         return [parameter.grad for parameter in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(gradients(False), gradients(True), strict=True))

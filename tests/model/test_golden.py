@@ -11,7 +11,6 @@ from torch import Tensor
 
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.kernels import extension
-from monet_train.model.transformer import MonetForCausalLM
 from tests.support import GOLDEN
 
 TOLERANCE = 1e-5
@@ -28,18 +27,15 @@ def answers(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=["plain", "native"])
-def model(request: pytest.FixtureRequest, folder: Path) -> MonetForCausalLM:
-    """The published checkpoint, with each implementation of the expert operations."""
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Each implementation of the expert operations."""
     if request.param == "native" and (reason := extension.missing()):
         pytest.skip(f"native kernels: {reason}")
-    loaded = load_pretrained(folder)
-    for router in loaded.model.routers():
-        router.implementation = request.param
-    return loaded
+    return request.param
 
 
-def test_evaluation(model: MonetForCausalLM, answers: dict[str, Tensor]) -> None:
-    ids = answers["input_ids"]
+def test_evaluation(kernels: str, folder: Path, answers: dict[str, Tensor]) -> None:
+    ids, model = answers["input_ids"], load_pretrained(folder, kernels=kernels)
     with torch.no_grad():
         out = model(ids, labels=ids, output_router_probs=True, output_hidden_states=True)
     close("eval.logits", out.logits, answers)
@@ -57,10 +53,9 @@ def test_evaluation(model: MonetForCausalLM, answers: dict[str, Tensor]) -> None
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-def test_training(recompute: bool, model: MonetForCausalLM, answers: dict[str, Tensor]) -> None:
+def test_training(recompute: bool, kernels: str, folder: Path, answers: dict[str, Tensor]) -> None:
     ids = answers["input_ids"]
-    model.train()
-    model.model.recompute = recompute
+    model = load_pretrained(folder, kernels=kernels, recompute=recompute).train()
     out = model(ids, labels=ids)
     out.loss.backward()
     close("train.logits", out.logits, answers)

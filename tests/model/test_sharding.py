@@ -11,10 +11,18 @@ import torch
 from monet_train.errors import UserError
 from monet_train.model.config import MonetConfig
 from monet_train.model.initialize import initialize
-from monet_train.model.sharding import check_tensor_size, join_shards, local_shard, split_of
+from monet_train.model.sharding import check_tensor_size, join_shards, local_shard, mark_split_parameters, split_of
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.collectives import ALONE, linear
 from tests.model.conftest import CPU
 
+HALF = replace(  # the shapes of one of two tensor-parallel ranks, without the other
+    ALONE,
+    tensor_size=2,
+    embedding=lambda vocabulary, width: torch.nn.Embedding(vocabulary // 2, width),
+    column=lambda inputs, outputs: linear(inputs, outputs // 2),
+    row=lambda inputs, outputs: linear(inputs // 2, outputs),
+)
 WHOLE_ON_EVERY_RANK = ("norm.weight", "layernorm.weight", "router.w1.weight", "router.w2.weight", ".b", ".b1", ".b2")
 
 
@@ -49,12 +57,9 @@ def test_a_rank_is_initialised_as_its_cut_of_the_whole(
     """``initialize`` on a model whose parameters have a rank's shapes gives that rank's part of the whole model."""
     whole = build(config)
     with torch.device("meta"):
-        part = MonetForCausalLM(config)
-        for name, parameter in list(part.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            shard = local_shard(name, parameter.detach(), config.moe_experts, rank, 2)
-            setattr(part.get_submodule(owner), leaf, torch.nn.Parameter(shard))
-    initialize(part, CPU, seed=0, rank=rank, size=2)
+        part = MonetForCausalLM(config, HALF)
+    initialize(part, CPU, seed=0, share=lambda name, full: local_shard(name, full, config.moe_experts, rank, 2))
+    mark_split_parameters(part)
     for name, parameter in part.named_parameters():
         assert torch.equal(parameter, local_shard(name, whole.get_parameter(name), config.moe_experts, rank, 2)), name
         assert getattr(parameter, "tensor_model_parallel", False) == (split_of(name) is not None), name

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from monet_train.config.compose import compose
+from monet_train.kernels import Kernels
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.planning.flops import WorkDone, forward_flops_per_token, training_flops_per_token
@@ -35,9 +36,7 @@ def test_work_is_the_papers(groups: int, teraflop: float) -> None:
 def test_dense_work_is_what_the_plain_definition_does(form: str) -> None:
     config = replace(model_of("model=nano", f"model.moe_decompose={form}"), num_hidden_layers=4, moe_groups=2)
     tokens = torch.zeros(2, 64, dtype=torch.long)
-    model = MonetForCausalLM(config)
-    for router in model.model.routers():
-        router.implementation = "plain"
+    model = MonetForCausalLM(config, kernels=Kernels("plain"))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, targets=tokens, keep_logits=False)
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(forward_flops_per_token(config, 64), rel=1e-3)
