@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from data_prep.encode import default_workers
 from data_prep.files import is_remote
 from data_prep.recipe import LABELS, Recipe, recipe_from
 from monet_train.data.manifest import Manifest
-from monet_train.errors import UserError, one_line_errors
+from monet_train.errors import UserError, one_line_errors, unwritable_output
 
 MAX_WORKERS = 1024
 
@@ -329,11 +328,10 @@ def main() -> None:
     for line in commands[arguments.command](arguments):
         try:
             print(line, flush=True)
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
-            if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-                return
-            raise UserError(f"standard output cannot be written ({error.strerror}): redirect it elsewhere") from None
+            raise unwritable_output(error) from None
 
 
 if __name__ == "__main__":

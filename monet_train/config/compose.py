@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def hydra_main(run: Callable[[TrainConfig], None], rank: int) -> None:
     def checked() -> None:
         arguments = get_args_parser().parse_args()
         shows_only = arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.multirun
-        if not shows_only:
+        if shows_only:
+            # Hydra also prints by logging, which meets a closed output itself; here is no socket to lose
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        else:
             compose(arguments.overrides)
 
         refused: list[UserError] = []  # carried past Hydra, which prints a report of its own on any exception

@@ -81,11 +81,11 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["verify", "info"])
 def test_who_closes_the_output_gets_no_traceback(command: str, shards: Path) -> None:
-    """As ``| true`` does; an output that cannot be written otherwise is an error."""
+    """As ``| true`` does: the status is that of SIGPIPE. An output that cannot be written otherwise is an error."""
     arguments = [sys.executable, "-m", "data_prep", command, str(shards)]
     reader, closed = os.pipe()
     os.close(reader)
-    for output, expected in ((closed, (0, "")), (os.open("/dev/full", os.O_WRONLY), (2, "error: standard output"))):
+    for output, expected in ((closed, (141, "")), (os.open("/dev/full", os.O_WRONLY), (2, "error: standard output"))):
         run = subprocess.run(arguments, stdout=output, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
         os.close(output)
         assert (run.returncode, run.stderr[:22]) == expected and run.stderr.count("\n") <= 1
