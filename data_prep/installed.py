@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import sysconfig
 from pathlib import Path
+
+from monet_train.fingerprint import sha256_text
 
 MAX_FILE_BYTES = 200_000  # larger sources are mostly generated tables
 SKIPPED = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages", "node_modules"}
@@ -46,4 +47,4 @@ def _licences(root: Path) -> list[Entry]:
 
 
 def _order(relative: Path) -> str:
-    return hashlib.sha256(relative.as_posix().encode()).hexdigest()
+    return sha256_text(relative.as_posix())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import logging
 import os
 import re
@@ -20,6 +19,7 @@ from data_prep.files import is_remote, is_utf8, suffix_of, unreadable
 from data_prep.installed import installed_files
 from data_prep.recipe import Recipe, Source
 from monet_train.errors import UserError
+from monet_train.fingerprint import sha256_text
 
 LINES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": "txt", ".text": "txt"}
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet")  # .json is usual among source code, .txt is read with it
@@ -207,17 +207,17 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
     parts: list[Part] = []
     group: list[FileEntry] = []
-    size, told = 0, hashlib.sha256()
+    size, told = 0, ""
     for number, entry in enumerate(entries):
         group.append(entry)
         bytes_ = Path(entry.path).stat().st_size
         size += bytes_
         # Below its folder; of an installation, whose place on the machine is no part of the corpus, the name alone.
         place = entry.path.removeprefix(name) if entry.path.startswith(name) else Path(entry.path).name
-        told.update(f"{place} {bytes_}\n".encode(errors="surrogateescape"))
+        told += f"{place} {bytes_}\n"
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
-            parts.append(Part("files", source, name, size, tuple(group), version=told.hexdigest()))
-            group, size, told = [], 0, hashlib.sha256()
+            parts.append(Part("files", source, name, size, tuple(group), version=sha256_text(told)))
+            group, size, told = [], 0, ""
     return parts
 
 
@@ -271,4 +271,4 @@ def _version(files: list[str]) -> str:
     if len(commits) == 1:
         return f"commit {commits.pop()}"
     told = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
-    return "files " + hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return "files " + sha256_text("\n".join(told))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +24,7 @@ from monet_train.data.packing import (
 )
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
+from monet_train.fingerprint import mix, sha256_json
 
 if TYPE_CHECKING:
     from monet_train.config.schema import DataSection
@@ -68,7 +67,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of ``identity``. It does not depend on the length of the run."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return sha256_json(self.identity)
 
 
 def check_shards(config: DataSection, vocab_size: int) -> None:
@@ -264,18 +263,10 @@ def held_out_mask(documents: int, fraction: float) -> np.ndarray:
     threshold = np.uint64(min(fraction, 1.0) * (2**64 - 2**11))
     for begin in range(0, documents, SPLIT_BLOCK):
         numbers = np.arange(begin, min(begin + SPLIT_BLOCK, documents), dtype=np.uint64)
-        mask[begin : begin + SPLIT_BLOCK] = _mix(numbers) < threshold
+        mask[begin : begin + SPLIT_BLOCK] = mix(numbers) < threshold
     if not mask.any():
-        mask[np.argmin(_mix(np.arange(documents, dtype=np.uint64)))] = True
+        mask[np.argmin(mix(np.arange(documents, dtype=np.uint64)))] = True
     return mask
-
-
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    """SplitMix64: neighbouring numbers to unrelated ones, uint64."""
-    z = numbers + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _open_sets(config: DataSection, vocab_size: int) -> list[ShardSet]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from monet_train.errors import UserError
+from monet_train.fingerprint import sha256_json
 from monet_train.typed import from_json
 
 MANIFEST_NAME = "manifest.json"
@@ -94,7 +94,7 @@ class Manifest:
         identity = [self.tokenizer.sha256, self.dtype]
         for shard in self.shards:
             identity += [shard.files["bin"].sha256, shard.files["idx"].sha256]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return sha256_json(identity)
 
     def to_json(self) -> str:
         """The file's text."""

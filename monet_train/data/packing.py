@@ -8,7 +8,6 @@ Megatron's compiled helper does the packing and its IndexedDataset the reading.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from monet_train.data.megatron import IndexedDataset, helpers
 from monet_train.data.shards import Shard
 from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
+from monet_train.fingerprint import cache_name
 
 UNREADABLE = (OSError, EOFError, ValueError)  # what numpy and json raise for files that are cut short or damaged
 OPEN_SHARDS = 256  # memory maps held open at once; each costs file descriptors
@@ -259,7 +259,7 @@ class IndexCache:
         return facts
 
     def _path(self, key: str) -> Path:
-        return self.folder / hashlib.sha256(key.encode()).hexdigest()[:24]
+        return self.folder / cache_name(key)
 
     def _write(self, final: Path, index: EpochIndex) -> None:
         with _mendable(self.folder):

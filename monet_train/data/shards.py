@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from monet_train.data.index_file import REBUILD, IndexHeader, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest
 from monet_train.errors import UserError
+from monet_train.fingerprint import sha256_file, sha256_samples
 
 SCAN_BYTES = 32 << 20  # how much of a shard without manifest is searched for tokens that are too large
 
@@ -87,20 +87,10 @@ def find_shards(path: Path) -> ShardSet:
 
 def _without_manifest(path: Path, prefixes: Sequence[Path]) -> ShardSet:
     shards = tuple(Shard(prefix, read_index_header(prefix)) for prefix in prefixes)
-    digest = hashlib.sha256()
+    told: list[str | Path] = []
     for shard in shards:
-        digest.update(f"{shard.header.bin_bytes} {shard.header.sequences} {shard.header.documents}".encode())
-        for file in (shard.idx, shard.bin):
-            _hash_ends(file, digest)
-    return ShardSet(path, shards, None, digest.hexdigest())
-
-
-def _hash_ends(path: Path, digest: Any, span: int = 1 << 20) -> None:
-    """Hash the first and the last MiB: without a manifest, whole files would take minutes at every start."""
-    with path.open("rb") as stream:
-        digest.update(stream.read(span))
-        stream.seek(max(0, path.stat().st_size - span))
-        digest.update(stream.read(span))
+        told += [f"{shard.header.bin_bytes} {shard.header.sequences} {shard.header.documents}", shard.idx, shard.bin]
+    return ShardSet(path, shards, None, sha256_samples(told))
 
 
 def data_paths(path: Any) -> list[Path]:
@@ -134,9 +124,8 @@ def check_tokenizer(shard_set: ShardSet) -> None:
     remedy = f"put the tokenizer there that made the shards ({MANIFEST_NAME} has its SHA-256)"
     if not file.is_file():
         raise UserError(f"{file} is missing: {remedy}")
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != shard_set.manifest.tokenizer.sha256:
-            raise UserError(f"{file} is not the tokenizer that made the shards: {remedy}")
+    if sha256_file(file) != shard_set.manifest.tokenizer.sha256:
+        raise UserError(f"{file} is not the tokenizer that made the shards: {remedy}")
 
 
 def check_vocabulary(shard_set: ShardSet, vocab_size: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from monet_train.fingerprint import seed_from
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 
@@ -18,8 +18,7 @@ def initial_value(name: str, shape: torch.Size, config: MonetConfig, seed: int) 
         return torch.ones(shape)
     if name.endswith((".bias", ".b", ".b1", ".b2")):
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    generator = torch.Generator().manual_seed(seed_from(f"{seed}/{name}"))
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)
 
 
