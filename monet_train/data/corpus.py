@@ -61,6 +61,7 @@ class Corpus:
     vocab_size: int  # of the tokenizer; of the model where the shards do not tell
     tokenizer_file: Path | None
     train_tokens: int  # in one epoch
+    valid_tokens: int  # of the documents held out, whether they are read or not
     documents: int  # training and held-out
     readings: list[Reading]  # by path with weights, otherwise one of all paths
 
@@ -115,13 +116,7 @@ def open_corpus(
         split = splits[number]
         tokens = split.facts["valid_tokens" if held_out else "train_tokens"]
         if tokens <= seq_length:
-            where = ", ".join(str(shard_set.path) for shard_set in pools[number])
-            raise UserError(
-                f"data.path {where}: {'held out' if held_out else 'for training'} are {tokens} tokens, a sequence "
-                f"needs {seq_length + 1}: "
-                + ("raise data.validation_fraction, set it to 0" if held_out else "add text")
-                + ", or lower train.seq_length"
-            )
+            raise _too_short(split, pools[number], held_out, seq_length, config.validation_fraction)
         return PackedSequences(
             split.store,
             lambda: split.documents(held_out),
@@ -141,7 +136,9 @@ def open_corpus(
     counts = train.counts() if isinstance(train, Blend) else [train_sequences]
     valid = None
     if config.validation_fraction and valid_sequences:
-        held_out = [packed(number, True, valid_sequences) for number in range(len(pools))]
+        # A path of which nothing can be held out is left out of the evaluation, unless it is the only one.
+        able = [number for number, split in enumerate(splits) if split.facts["valid_tokens"]] or [0]
+        held_out = [packed(number, True, valid_sequences) for number in able]
         sizes = [part.per_epoch for part in held_out]
         valid = Blend(held_out, [float(size) for size in sizes], min(valid_sequences, sum(sizes)))
 
@@ -161,11 +158,39 @@ def open_corpus(
         vocab_size=max([manifest.tokenizer.vocabulary_size for manifest in manifests], default=vocab_size),
         tokenizer_file=next((s.tokenizer_file for s in sets if s.tokenizer_file), None),
         train_tokens=sum(split.facts["train_tokens"] for split in splits),
+        valid_tokens=sum(split.facts["valid_tokens"] for split in splits),
         documents=sum(split.facts["documents"] for split in splits),
         readings=[
             Reading(", ".join(str(shard_set.path) for shard_set in pool), count, part.per_epoch)
             for pool, count, part in zip(pools, counts, parts, strict=True)
         ],
+    )
+
+
+def _too_short(
+    split: _Split, pool: list[ShardSet], held_out: bool, seq_length: int, validation_fraction: float
+) -> UserError:
+    """What helps where the training or the held-out documents do not make one sequence."""
+    where = f"data.path {', '.join(str(shard_set.path) for shard_set in pool)}"
+    train, valid, documents = (split.facts[name] for name in ("train_tokens", "valid_tokens", "documents"))
+    needs = f"a sequence needs {seq_length + 1:,}"
+    no_evaluation = "data.validation_fraction=0 or eval.every=null to train without evaluation"
+    if train + valid <= seq_length:
+        return UserError(f"{where} has only {train + valid:,} tokens, {needs}: add text, or lower train.seq_length")
+    if not held_out:
+        return UserError(
+            f"{where}: for training are {train:,} of {train + valid:,} tokens, {needs}: the other documents are held "
+            f"out (data.validation_fraction={validation_fraction}); set data.validation_fraction=0 to train on all, "
+            "prepare the text as more documents, or lower train.seq_length"
+        )
+    if documents == 1:
+        return UserError(
+            f"{where} is one document, which cannot be both trained on and held out: set {no_evaluation}, or prepare "
+            "the text as several documents"
+        )
+    return UserError(
+        f"{where}: held out are {valid:,} of {train + valid:,} tokens, {needs}: raise data.validation_fraction "
+        f"(now {validation_fraction}), set {no_evaluation}, or lower train.seq_length"
     )
 
 
@@ -218,8 +243,9 @@ def _shares(weights: list[float]) -> np.ndarray:
 class _Split:
     """The documents of a pool of shard sets, divided into training and held-out ones.
 
-    A document is held out if a hash of its number falls below the fraction: no document is in both, the
-    choice depends on nothing but the number, and it is spread evenly over a sorted corpus.
+    A document is held out if a hash of its number falls below the fraction: no document is in both, the choice depends
+    on nothing but the number, and it is spread evenly over a sorted corpus. It is the same without evaluation
+    (``eval.every=null``), so that turning evaluation on later does not change what is trained on.
     """
 
     def __init__(self, pool: list[ShardSet], vocab_size: int, fraction: float, cache: IndexCache) -> None:
@@ -256,7 +282,10 @@ class _Split:
 
 
 def held_out_mask(documents: int, fraction: float) -> np.ndarray:
-    """Which of ``documents`` documents are held out, bool [documents]; at least one if any are asked for."""
+    """Which of ``documents`` documents are held out, bool [documents].
+
+    At least one if any are asked for, and never all: an only document is trained on.
+    """
     mask = np.zeros(documents, dtype=bool)
     if fraction <= 0:
         return mask
@@ -266,6 +295,8 @@ def held_out_mask(documents: int, fraction: float) -> np.ndarray:
         mask[begin : begin + SPLIT_BLOCK] = mix(numbers) < threshold
     if not mask.any():
         mask[np.argmin(mix(np.arange(documents, dtype=np.uint64)))] = True
+    if mask.all():
+        mask[np.argmax(mix(np.arange(documents, dtype=np.uint64)))] = False
     return mask
 
 

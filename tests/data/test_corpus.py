@@ -442,10 +442,46 @@ def test_paths_and_weights_that_make_no_sense_are_refused(shards: Path, tmp_path
     refused(str(shards), "validation_fraction=1.5", validation_fraction=1.5)
 
 
-def test_a_corpus_without_one_sequence_is_refused(tmp_path: Path) -> None:
-    prefix = write_megatron(tmp_path / "tiny", [[[5] * 30], [[6] * 30]])
-    with pytest.raises(UserError, match="a sequence needs 65"):
-        open_(prefix, tmp_path)
+HUGE, SMALL = 2000, 20
+FEW_DOCUMENTS = {  # tokens of each document (number 1 is held out first), fraction, eval.sequences, what the line says
+    "too little text": ([30, 30], 0.1, 8, ["has only 60 tokens, a sequence needs 65", "add text"]),
+    "one document": ([HUGE], 0.01, 8, ["is one document", "data.validation_fraction=0 or eval.every=null"]),
+    "the huge one held out": ([SMALL, HUGE, SMALL], 0.01, 0, ["are 40 of 2,040 tokens", "data.validation_fraction=0 "]),
+    "most held out": ([SMALL, HUGE, HUGE], 0.9, 0, ["are 20 of 4,020", "data.validation_fraction=0 to train on all"]),
+    "a small one held out": ([HUGE, SMALL], 0.01, 8, ["held out are 20 of 2,020", "validation_fraction=0 or eval."]),
+}
+
+
+@pytest.mark.parametrize("case", FEW_DOCUMENTS)
+def test_few_documents_are_refused_with_the_key_that_helps(case: str, tmp_path: Path) -> None:
+    lengths, fraction, sequences, fragments = FEW_DOCUMENTS[case]
+    prefix = write_megatron(tmp_path / "few", [[[5] * length] for length in lengths])
+    with pytest.raises(UserError) as refusal:
+        open_(prefix, tmp_path, validation_fraction=fraction, valid_sequences=sequences)
+    for fragment in fragments:
+        assert fragment in str(refusal.value)
+    if sum(lengths) > S:  # and that key does help
+        corpus = open_(prefix, tmp_path, validation_fraction=0.0, valid_sequences=sequences)
+        assert (corpus.train_tokens, corpus.valid) == (sum(lengths), None)
+
+
+def test_an_only_document_is_trained_on(tmp_path: Path) -> None:
+    """Without evaluation nothing has to be held out, alone or as one of several weighted paths."""
+    one = write_megatron(tmp_path / "one", [[[5] * HUGE]])
+    corpus = open_(one, tmp_path, validation_fraction=0.01, valid_sequences=0)
+    assert (corpus.train_tokens, corpus.valid_tokens, corpus.valid) == (HUGE, 0, None)
+    many = write_megatron(tmp_path / "many", [[[6] * 100] for _ in range(100)])
+    corpus = open_([str(one), str(many)], tmp_path, weights=[1.0, 1.0])
+    assert {int(corpus.train[i].tokens[0]) for i in range(20)} == {5, 6}
+    assert corpus.valid is not None
+    assert {int(corpus.valid[i].tokens[0]) for i in range(len(corpus.valid))} == {6}
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 10])
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999999])
+def test_never_are_all_documents_held_out(documents: int, fraction: float) -> None:
+    held_out = int(held_out_mask(documents, fraction).sum())
+    assert min(1, documents - 1) <= held_out < documents
 
 
 @pytest.mark.parametrize("change", [{"sha256": "0" * 64}, {"eos_id": 7}], ids=str)
