@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from monet_train.model.sharding import join_shards, split_of
+from monet_train.model.config import MonetConfig
+from monet_train.model.parameters import join_shards, split_of
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.groups import Topology
 
@@ -26,7 +27,7 @@ def full_state_dict(model: MonetForCausalLM, topology: Topology, zero_stage: int
         with _whole_over_data(parameter, zero_stage):
             # data rank 0 holds the answer; the other data ranks only help ZeRO to gather
             if topology.data_rank == 0:
-                full = _join_over_tensor(name, parameter.detach(), model.config.moe_experts, topology)
+                full = _join_over_tensor(name, parameter.detach(), model.config, topology)
                 if is_main:
                     state[name] = full.to("cpu", copy=True).contiguous()
     if is_main:
@@ -43,9 +44,9 @@ def _whole_over_data(parameter: Tensor, zero_stage: int) -> Any:
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def _join_over_tensor(name: str, part: Tensor, experts: int, topology: Topology) -> Tensor:
-    if topology.tensor_size == 1 or split_of(name) is None:
+def _join_over_tensor(name: str, part: Tensor, config: MonetConfig, topology: Topology) -> Tensor:
+    if topology.tensor_size == 1 or split_of(name, config) is None:
         return part
     parts = [torch.empty_like(part) for _ in range(topology.tensor_size)] if topology.tensor_rank == 0 else None
     dist.gather(part.contiguous(), parts, group=topology.tensor_group, group_dst=0)
-    return part if parts is None else join_shards(name, parts, experts)
+    return part if parts is None else join_shards(name, parts, config)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from monet_train.errors import UserError
-
-DECOMPOSITIONS = ("vertical", "horizontal")
+from monet_train.model.experts import decomposition
 
 
 @dataclass
@@ -68,10 +67,6 @@ class MonetConfig:
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0")
-        if self.moe_decompose not in DECOMPOSITIONS:
-            raise UserError(
-                f"model.moe_decompose={self.moe_decompose!r} is unknown; use one of {', '.join(DECOMPOSITIONS)}"
-            )
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} must be an even multiple of "
@@ -82,11 +77,7 @@ class MonetConfig:
                 f"model.num_key_value_heads={self.num_key_value_heads} must divide "
                 f"model.num_attention_heads={self.num_attention_heads}"
             )
-        if self.moe_decompose == "vertical" and (self.moe_dim % 2 or self.hidden_size % 2):
-            raise UserError(
-                f"model.moe_dim={self.moe_dim} and model.hidden_size={self.hidden_size} must be even "
-                "for model.moe_decompose=vertical; make them even or choose horizontal"
-            )
+        decomposition(self.moe_decompose).check(self)
         if self.moe_topk >= self.moe_experts:
             raise UserError(f"model.moe_topk={self.moe_topk} must be less than model.moe_experts={self.moe_experts}")
 

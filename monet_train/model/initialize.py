@@ -9,14 +9,15 @@ from torch import Tensor
 
 from monet_train.fingerprint import seed_from
 from monet_train.model.config import MonetConfig
+from monet_train.model.parameters import is_bias, is_norm
 from monet_train.model.transformer import MonetForCausalLM
 
 
 def initial_value(name: str, shape: torch.Size, config: MonetConfig, seed: int) -> Tensor:
     """The full initial value of a parameter: norms 1, biases 0, all else normal(0, initializer_range)."""
-    if "norm" in name:
+    if is_norm(name):
         return torch.ones(shape)
-    if name.endswith((".bias", ".b", ".b1", ".b2")):
+    if is_bias(name, config):
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed_from(f"{seed}/{name}"))
     return torch.empty(shape).normal_(0.0, config.initializer_range, generator=generator)

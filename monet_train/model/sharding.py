@@ -1,8 +1,7 @@
-"""How a Monet is split over tensor-parallel ranks: the one place that says it.
+"""The model of a tensor-parallel rank.
 
-The model itself is written without ranks. :data:`SPLITS` names, for every parameter, the axis that is cut;
-:func:`local_shard` and :func:`join_shards` cut and join weights by it, for initialisation, import and export;
-:func:`build_model` makes the model of a rank, out of Megatron's parallel layers.
+The model itself is written without ranks, and :mod:`.parameters` says how each parameter is split. :func:`build_model`
+makes the model of a rank, out of Megatron's parallel layers.
 
 The experts are cut along their inner dimension m, not by expert: gates mix over half-experts at a fixed inner
 unit, so every rank's partial output is exact and one all-reduce ends the layer.
@@ -10,9 +9,7 @@ unit, so every rank's partial output is exact and one all-reduce ends the layer.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,63 +29,20 @@ from torch import Tensor
 from monet_train.errors import UserError
 from monet_train.kernels import Kernels
 from monet_train.model.config import MonetConfig
+from monet_train.model.experts import decomposition
 from monet_train.model.initialize import initialize
+from monet_train.model.parameters import local_shard, split_of
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.collectives import ALONE, Collectives
 from monet_train.parallel.groups import Topology
 
 
-@dataclass(frozen=True)
-class Split:
-    """A parameter is cut along ``axis``; ``by_expert``: within each half-expert, whose units lie side by side."""
-
-    axis: int
-    by_expert: bool = False
-
-
-SPLITS: dict[str, Split] = {
-    r"model\.embed_tokens\.weight": Split(0),
-    r"lm_head\.weight": Split(0),
-    r".*\.self_attn\.[qkv]_proj\.weight": Split(0),
-    r".*\.self_attn\.o_proj\.weight": Split(1),
-    r".*\.moe\.u[12]?\.(weight|bias)": Split(0, by_expert=True),
-    r".*\.moe\.v([12]{2})?\.weight": Split(1, by_expert=True),
-}  # everything else (norms, routers, output biases, statistics) is whole on every rank
-
-
-def split_of(name: str) -> Split | None:
-    """How the parameter ``name`` is split, or None where every rank holds it whole."""
-    return next((split for pattern, split in SPLITS.items() if re.fullmatch(pattern, name)), None)
-
-
-def local_shard(name: str, full: Tensor, experts: int, rank: int, size: int) -> Tensor:
-    """The part of parameter ``name`` that tensor rank ``rank`` of ``size`` holds."""
-    split = split_of(name)
-    if split is None or size == 1:
-        return full
-    if not split.by_expert:
-        return full.chunk(size, split.axis)[rank].contiguous()
-    units = full.unflatten(split.axis, (experts, -1))
-    return units.chunk(size, split.axis + 1)[rank].flatten(split.axis, split.axis + 1).contiguous()
-
-
-def join_shards(name: str, shards: Sequence[Tensor], experts: int) -> Tensor:
-    """The full parameter ``name`` from the parts of all tensor ranks, in rank order."""
-    split = split_of(name)
-    if split is None or len(shards) == 1:
-        return shards[0]
-    if not split.by_expert:
-        return torch.cat(list(shards), split.axis)
-    units = [shard.unflatten(split.axis, (experts, -1)) for shard in shards]
-    return torch.cat(units, split.axis + 1).flatten(split.axis, split.axis + 1)
-
-
 def check_tensor_size(config: MonetConfig, size: int) -> None:
     """Refuse a tensor-parallel size that does not divide the model, naming the sizes that do."""
-    units = config.moe_dim // 2 if config.moe_decompose == "vertical" else config.moe_dim
-    unit_name = "moe_dim/2" if config.moe_decompose == "vertical" else "moe_dim"
+    experts = decomposition(config.moe_decompose)
+    units = experts.units(config)
     widths = {
-        f"model.{unit_name}={units}": units,
+        f"model.{experts.units_key}={units}": units,
         f"model.num_attention_heads={config.num_attention_heads}": config.num_attention_heads,
         f"model.num_key_value_heads={config.kv_heads}": config.kv_heads,
         f"model.vocab_size={config.vocab_size}": config.vocab_size,
@@ -129,7 +83,7 @@ def build_model(
         model = MonetForCausalLM(config, collectives_of(topology), kernels, recompute)
 
     def share(name: str, full: Tensor) -> Tensor:
-        return local_shard(name, full, config.moe_experts, rank, size)
+        return local_shard(name, full, config, rank, size)
 
     initialize(model, device, seed, share)
     if size > 1:
@@ -165,6 +119,6 @@ def mark_split_parameters(model: MonetForCausalLM) -> None:
     DeepSpeed's gradient norm counts a parameter without this mark on one tensor rank only.
     """
     for name, parameter in model.named_parameters():
-        split = split_of(name)
+        split = split_of(name, model.config)
         if split is not None:
             set_tensor_model_parallel_attributes(parameter, True, split.axis, 1)

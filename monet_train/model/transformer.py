@@ -16,7 +16,7 @@ from monet_train.kernels import AUTO, Gates, Kernels
 from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask
 from monet_train.model.auxiliary import GateSums, RouterReport, report
 from monet_train.model.config import MonetConfig
-from monet_train.model.experts import EXPERTS, Experts
+from monet_train.model.experts import Experts, decomposition
 from monet_train.model.rotary import rotary_tables
 from monet_train.model.router import Router
 from monet_train.model.statistics import BatchStatistics
@@ -57,7 +57,7 @@ class MonetLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.router = Router(config, collectives, kernels) if config.has_router(index) else None
-        self.moe = EXPERTS[config.moe_decompose](config, collectives)
+        self.moe = decomposition(config.moe_decompose)(config, collectives)
 
 
 class MonetModel(nn.Module):

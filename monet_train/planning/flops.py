@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from monet_train.model.config import MonetConfig
+from monet_train.model.experts import ExpertFlops, decomposition
 
 
 @dataclass(frozen=True)
@@ -20,34 +21,27 @@ class ForwardFlops:
 
     projections: float  # of attention
     attention: float
-    up: float  # x to the half-experts' hidden units
-    mixing: float  # hidden units with gates
-    down: float  # and back
-    bias: float  # of the output: gates with a row for each half-expert
+    experts: ExpertFlops
     router: float
     head: float
 
     @classmethod
     def of(cls, config: MonetConfig, seq_length: int) -> ForwardFlops:
         """The parts for sequences of ``seq_length`` tokens."""
-        d, experts, heads = config.hidden_size, config.moe_experts, config.moe_heads
-        inner = experts * config.moe_dim
+        d = config.hidden_size
         return cls(
             projections=2 * d * (2 * d + 2 * config.kv_heads * config.head_dim),
             attention=4 * seq_length * d,
-            up=2 * d * inner,
-            # vertical has two mixing products of inner/2 units a side, horizontal two of all units: the same work
-            mixing=2 * 2 * heads * inner,
-            down=2 * d * inner,
-            bias=2 * d * experts,
-            router=2 * d * 2 * heads * experts,
+            experts=decomposition(config.moe_decompose).flops(config),
+            router=2 * d * 2 * config.moe_heads * config.moe_experts,
             head=2 * d * config.vocab_size,
         )
 
     @property
     def layer(self) -> float:
         """One layer, without its router."""
-        return self.projections + self.attention + self.up + self.mixing + self.down + self.bias
+        parts = (self.experts.up, self.experts.mixing, self.experts.down, self.experts.bias)
+        return self.projections + self.attention + sum(map(sum, parts))
 
 
 def forward_flops_per_token(config: MonetConfig, seq_length: int) -> float:
@@ -85,18 +79,24 @@ class WorkDone:
         passes = 4 if self.recompute else 3
         total = 3 * dense.head
         for layer in range(config.num_hidden_layers):
-            one, two = (side / config.moe_experts for side in active[layer // config.moe_groups])
-            both = (one + two) / 2
-            up, down = (one, two) if config.moe_decompose == "horizontal" else (both, both)
+            shares = [side / config.moe_experts for side in active[layer // config.moe_groups]]
+            rows = shares if self.rows_skipped else [1.0, 1.0]
+            mixed = shares if self.mixing_skipped else [1.0, 1.0]
             total += passes * (
                 dense.projections
                 + dense.attention / (2 if self.causal else 1)
-                + dense.up * (up if self.rows_skipped else 1)
-                + dense.mixing * (both if self.mixing_skipped else 1)
-                + (dense.down + self.copies * dense.bias) * (down if self.rows_skipped else 1)
+                + _of_sides(dense.experts.up, rows)
+                + _of_sides(dense.experts.mixing, mixed)
+                + _of_sides(dense.experts.down, rows)
+                + self.copies * _of_sides(dense.experts.bias, rows)
             )
             if config.has_router(layer):
                 # Where rows are skipped, only active logits have a gradient: about one for each active half-expert.
-                share = both / config.moe_heads if self.rows_skipped else 1
+                share = sum(shares) / 2 / config.moe_heads if self.rows_skipped else 1
                 total += self.copies * dense.router * (passes - 2 + 2 * share)
         return total
+
+
+def _of_sides(flops: tuple[float, float], shares: Sequence[float]) -> float:
+    """The work on the half-experts of both sides, of which so large a share is done."""
+    return flops[0] * shares[0] + flops[1] * shares[1]

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from monet_train.config.schema import OptimizerSection, ScheduleSection
+from monet_train.model.parameters import is_bias
+from monet_train.model.transformer import MonetForCausalLM
 
 
-def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.AdamW:
+def build_optimizer(model: MonetForCausalLM, config: OptimizerSection) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: norms, biases and the experts' output biases are exempt.
 
     The output biases b, b1, b2 are matrices in shape, [E, d], but biases in kind. The learning rate starts at 0 and is
@@ -19,8 +21,7 @@ def build_optimizer(model: nn.Module, config: OptimizerSection) -> torch.optim.A
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_bias = name.rpartition(".")[2] in ("bias", "b", "b1", "b2")
-        (exempt if is_bias or parameter.ndim < 2 else decayed).append(parameter)
+        (exempt if is_bias(name, model.config) or parameter.ndim < 2 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},

@@ -11,7 +11,8 @@ import torch
 from monet_train.errors import UserError
 from monet_train.model.config import MonetConfig
 from monet_train.model.initialize import initialize
-from monet_train.model.sharding import check_tensor_size, join_shards, local_shard, mark_split_parameters, split_of
+from monet_train.model.parameters import join_shards, local_shard, split_of
+from monet_train.model.sharding import check_tensor_size, mark_split_parameters
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.collectives import ALONE, linear
 from tests.model.conftest import CPU
@@ -32,21 +33,22 @@ def test_cut_and_joined_is_whole_again(
 ) -> None:
     for name, parameter in build(config).named_parameters():
         full = torch.arange(parameter.numel()).view(parameter.shape)
-        shards = [local_shard(name, full, config.moe_experts, rank, size) for rank in range(size)]
-        assert torch.equal(join_shards(name, shards, config.moe_experts), full), name
+        shards = [local_shard(name, full, config, rank, size) for rank in range(size)]
+        assert torch.equal(join_shards(name, shards, config), full), name
         whole = size == 1 or name.endswith(WHOLE_ON_EVERY_RANK)
         assert all(shard.numel() == full.numel() // (1 if whole else size) for shard in shards), name
-        assert (split_of(name) is None) == name.endswith(WHOLE_ON_EVERY_RANK), name
+        assert (split_of(name, config) is None) == name.endswith(WHOLE_ON_EVERY_RANK), name
 
 
 def test_every_rank_has_a_share_of_every_half_expert() -> None:
     experts, units = 3, 4
+    config = MonetConfig(moe_experts=experts, moe_dim=2 * units)
     full = torch.arange(experts * units)  # unit u of half-expert e is e * units + u
-    first = local_shard("model.layers.0.moe.u1.bias", full, experts, rank=0, size=2)
-    second = local_shard("model.layers.0.moe.u1.bias", full, experts, rank=1, size=2)
+    first = local_shard("model.layers.0.moe.u1.bias", full, config, rank=0, size=2)
+    second = local_shard("model.layers.0.moe.u1.bias", full, config, rank=1, size=2)
     assert first.tolist() == [0, 1, 4, 5, 8, 9]
     assert second.tolist() == [2, 3, 6, 7, 10, 11]
-    columns = local_shard("model.layers.0.moe.v12.weight", full[None], experts, rank=1, size=2)
+    columns = local_shard("model.layers.0.moe.v12.weight", full[None], config, rank=1, size=2)
     assert columns.tolist() == [second.tolist()]
 
 
@@ -58,11 +60,11 @@ def test_a_rank_is_initialised_as_its_cut_of_the_whole(
     whole = build(config)
     with torch.device("meta"):
         part = MonetForCausalLM(config, HALF)
-    initialize(part, CPU, seed=0, share=lambda name, full: local_shard(name, full, config.moe_experts, rank, 2))
+    initialize(part, CPU, seed=0, share=lambda name, full: local_shard(name, full, config, rank, 2))
     mark_split_parameters(part)
     for name, parameter in part.named_parameters():
-        assert torch.equal(parameter, local_shard(name, whole.get_parameter(name), config.moe_experts, rank, 2)), name
-        assert getattr(parameter, "tensor_model_parallel", False) == (split_of(name) is not None), name
+        assert torch.equal(parameter, local_shard(name, whole.get_parameter(name), config, rank, 2)), name
+        assert getattr(parameter, "tensor_model_parallel", False) == (split_of(name, config) is not None), name
 
 
 def test_initial_weights_depend_on_the_seed_and_the_name(config: MonetConfig) -> None:
