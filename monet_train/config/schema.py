@@ -6,20 +6,22 @@ onto it, so that an unknown key or a bad type is refused before anything starts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from monet_train.model.config import MonetConfig
+from monet_train.typed import above, at_least, bounded, not_empty, one_of, share
 
-MISSING: Any = "???"  # OmegaConf's marker of a value that must be given
+MISSING: Any = "???"  # OmegaConf's marker of a value that must be given; conf/ gives it, or the user
 
 
 @dataclass
 class RunSection:
     """Where the run lives and what it is called."""
 
-    name: str = MISSING
-    dir: str = MISSING
+    name: str = not_empty(MISSING)
+    dir: str = not_empty(MISSING)
 
 
 @dataclass
@@ -27,97 +29,105 @@ class DataSection:
     """What is read, and in which order. Only these fields and the seed decide the order of sequences."""
 
     path: Any = MISSING  # a shard folder (with manifest.json), a shard prefix, or a list of them
-    weights: list[float] | None = None  # one weight a path; None: in proportion to their tokens
-    validation_fraction: float = 0.01  # share of the documents held out
+    weights: list[float] | None = bounded(  # one weight per path; None: in proportion to their tokens
+        lambda weights: all(0 < weight < math.inf for weight in weights),
+        "must be positive numbers; leave out the paths that should not be read",
+        default=None,
+    )
+    # Share of the documents held out for evaluation, also while eval.every=null; 0: none, and no evaluation.
+    validation_fraction: float = share(0.01, of="the documents", below_one=True)
     reset_attention: bool = False  # tokens attend only within their document
     reset_positions: bool = False  # positions start at 0 in each document
-    cache_dir: str | None = (
-        None  # index cache; None: in the first shard folder, or in the run folder if that cannot be written
-    )
+    # Index cache; None: in the first shard folder, or in the run folder if that cannot be written.
+    cache_dir: str | None = not_empty(None)
 
 
 @dataclass
 class OptimizerSection:
-    """AdamW. The paper gives the learning rate only; the rest is what the field uses."""
+    """AdamW. The paper gives the learning rate (set beside each model size); the rest is what the field uses."""
 
-    lr: float = 5e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; not on norms and biases
-    clip: float = 1.0  # global gradient norm
+    lr: float = at_least(0, default=5e-4)
+    betas: tuple[float, float] = bounded(
+        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "must be two numbers from 0 to below 1, as [0.9,0.95]",
+        default=(0.9, 0.95),
+    )
+    eps: float = above(0, default=1e-8, remedy="as 1e-8")
+    weight_decay: float = at_least(0, default=0.1)  # on matrices; not on norms and biases
+    clip: float = above(0, default=1.0, remedy="use a large number not to clip")  # global gradient norm
 
 
 @dataclass
 class ScheduleSection:
-    """Linear warm-up, then cosine decay to ``final`` of the peak."""
+    """Linear warm-up, then cosine decay to ``final`` of the peak: not published, but what the field does."""
 
-    warmup_steps: int = 0
-    final: float = 0.1
+    warmup_steps: int = at_least(0, default=0)
+    final: float = share(0.1, of="optimizer.lr")
 
 
 @dataclass
 class TrainSection:
     """The training itself."""
 
-    seed: int = 0
-    seq_length: int = 2048
-    micro_batch_size: int = 1  # sequences a rank and micro-step
-    global_batch_size: int = 1024  # sequences a step, over all ranks and micro-steps
-    max_steps: int | None = None
-    max_tokens: int | None = None  # instead of max_steps
-    precision: str = "bf16"
-    device: str = "auto"
+    seed: int = at_least(0, default=0)
+    seq_length: int = at_least(1, default=2048)
+    micro_batch_size: int = at_least(1, default=1)  # sequences per rank and micro-step
+    global_batch_size: int = at_least(1, default=1024)  # sequences per step, over all ranks and micro-steps
+    max_steps: int | None = at_least(1, default=None)
+    max_tokens: int | None = at_least(1, default=None)  # with max_steps: whichever ends first
+    precision: str = one_of("fp32", "bf16", default="bf16")
+    device: str = one_of("auto", "cpu", "cuda", default="auto")
     recompute: bool = False  # recompute activations, one routing group at a time
-    uniformity_weight: float = 1e-3
-    ambiguity_weight: float = 1e-3
+    uniformity_weight: float = at_least(0, default=1e-3)
+    ambiguity_weight: float = at_least(0, default=1e-3)
 
 
 @dataclass
 class ParallelSection:
     """How the model is split; data parallelism takes the ranks that are left."""
 
-    tensor: int = 1
+    tensor: int = at_least(1, default=1)
     sequence: bool = False
 
 
 @dataclass
 class ZeroSection:
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO: what is split over the data ranks. The group ``zero`` chooses the stage."""
 
-    stage: int = 1
+    stage: int = one_of(0, 1, 2, 3, default=MISSING)
 
 
 @dataclass
 class EvalSection:
-    """Held-out evaluation during training. 0: only at the end; null: never."""
+    """Held-out evaluation during training. ``every``: steps between two; 0: only at the end; None: never."""
 
-    every: int | None = 1000
-    sequences: int = 256
+    every: int | None = at_least(0, default=1000)
+    sequences: int = at_least(1, default=256)
 
 
 @dataclass
 class CheckpointSection:
-    """Checkpoints. ``keep``: the newest N stay (null: all)."""
+    """Checkpoints. ``every``: steps between two (None: only at the end); ``keep``: the newest N stay (None: all)."""
 
-    every: int | None = 1000
-    keep: int | None = 3
-    resume: str = "auto"
+    every: int | None = at_least(1, default=1000)
+    keep: int | None = at_least(1, default=3)
+    resume: str = not_empty("auto")  # auto, never, or the folder of a checkpoint
 
 
 @dataclass
 class WandbSection:
-    """Weights & Biases."""
+    """Weights & Biases. ``offline`` writes into the run folder, ``online`` sends, ``disabled`` does without."""
 
-    mode: str = "offline"
-    project: str = "monet_train"
-    entity: str | None = None
+    mode: str = one_of("offline", "online", "disabled", default="offline")
+    project: str = not_empty("monet_train")
+    entity: str | None = not_empty(None)
 
 
 @dataclass
 class LoggingSection:
     """What is shown and written."""
 
-    every: int = 1  # steps between two lines of the console and wandb; metrics.jsonl has them all
+    every: int = at_least(1, default=1)  # steps between two lines of the console and wandb; metrics.jsonl has them all
     progress: bool = True
     wandb: WandbSection = field(default_factory=WandbSection)
 
@@ -137,4 +147,4 @@ class TrainConfig:
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
-    kernels: str = "auto"  # auto | native | plain
+    kernels: str = one_of("auto", "native", "plain", default="auto")

@@ -25,6 +25,7 @@ from monet_train.data.packing import (
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
 from monet_train.fingerprint import mix, sha256_json
+from monet_train.typed import check_bounds
 
 if TYPE_CHECKING:
     from monet_train.config.schema import DataSection
@@ -301,19 +302,13 @@ def held_out_mask(documents: int, fraction: float) -> np.ndarray:
 
 
 def _open_sets(config: DataSection, vocab_size: int) -> list[ShardSet]:
-    if not 0 <= config.validation_fraction < 1:
-        raise UserError(
-            f"data.validation_fraction={config.validation_fraction} is no share: give a number from 0 to below 1"
-        )
+    check_bounds(config, "data.")
     paths = data_paths(config.path)
-    if config.weights is not None:
-        if len(config.weights) != len(paths):
-            raise UserError(
-                f"data.weights has {len(config.weights)} numbers for {len(paths)} paths in data.path: "
-                "give one a path, or data.weights=null"
-            )
-        if any(not 0 < weight < float("inf") for weight in config.weights):
-            raise UserError("data.weights must be positive numbers: leave out the paths that should not be read")
+    if config.weights is not None and len(config.weights) != len(paths):
+        raise UserError(
+            f"data.weights has {len(config.weights)} numbers for {len(paths)} paths in data.path: "
+            "give one per path, or data.weights=null"
+        )
     sets = [find_shards(path) for path in paths]
     for shard_set in sets:
         check_vocabulary(shard_set, vocab_size)

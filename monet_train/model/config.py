@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from monet_train.errors import UserError
 from monet_train.model.experts import decomposition
+from monet_train.typed import above, at_least, check_bounds, field_types, from_json
 
 
 @dataclass
@@ -19,20 +19,20 @@ class MonetConfig:
     A layer has ``moe_experts`` half-experts a side, that is ``moe_experts**2`` experts of ``moe_dim`` units.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 1536  # d
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None  # grouped-query attention; None: as many as attention heads
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    initializer_range: float = 0.02
-    moe_dim: int = 12  # m, inner units of one expert
-    moe_heads: int = 6  # H, routing heads
-    moe_experts: int = 512  # E, half-experts a side
-    moe_topk: int = 8  # k, half-experts expected to be active a head (sets the threshold)
-    moe_groups: int = 4  # layers that share one router
+    vocab_size: int = at_least(1, default=32000)
+    hidden_size: int = at_least(1, default=1536)  # d
+    num_hidden_layers: int = at_least(1, default=24)
+    num_attention_heads: int = at_least(1, default=12)
+    num_key_value_heads: int | None = at_least(1, default=None)  # grouped-query attention; None: one per attention head
+    max_position_embeddings: int = at_least(1, default=2048)
+    rms_norm_eps: float = above(0, default=1e-6)
+    rope_theta: float = above(0, default=10000.0)
+    initializer_range: float = above(0, default=0.02)
+    moe_dim: int = at_least(1, default=12)  # m, inner units of one expert
+    moe_heads: int = at_least(1, default=6)  # H, routing heads
+    moe_experts: int = at_least(1, default=512)  # E, half-experts per side
+    moe_topk: int = at_least(1, default=8)  # k, half-experts expected to be active per head (sets the threshold)
+    moe_groups: int = at_least(1, default=4)  # layers that share one router
     moe_decompose: str = "vertical"
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -58,21 +58,13 @@ class MonetConfig:
 
     def validate(self) -> None:
         """Refuse sizes that make no model. Raises :class:`UserError` naming the key and the remedy."""
-        for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-            "moe_dim", "moe_heads", "moe_experts", "moe_topk", "moe_groups",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"model.{name}={getattr(self, name)} must be a number above 0")
+        check_bounds(self, "model.")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} must be an even multiple of "
                 f"model.num_attention_heads={self.num_attention_heads} (rotary pairs)"
             )
-        if self.kv_heads < 1 or self.num_attention_heads % self.kv_heads:
+        if self.num_attention_heads % self.kv_heads:
             raise UserError(
                 f"model.num_key_value_heads={self.num_key_value_heads} must divide "
                 f"model.num_attention_heads={self.num_attention_heads}"
@@ -88,7 +80,11 @@ class MonetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MonetConfig:
         """Read a ``config.json`` dictionary; keys of the Hugging Face machinery that we do not use are skipped."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in values.items() if key in known and value is not None})
+        kinds = field_types(cls)
+        given = {key: value for key, value in values.items() if key in kinds and value is not None}
+        try:
+            config: MonetConfig = from_json(cls, given, "config")
+        except ValueError as error:
+            raise UserError(str(error)) from None
         config.validate()
         return config

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from monet_train.config.compose import compose
+from monet_train.config.compose import compose, config_folder
 from monet_train.config.schema import TrainConfig
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.launch import Launch
@@ -105,3 +106,27 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def test_each_default_stands_in_one_place() -> None:
+    """In the schema, or in ``conf/`` where an option chooses it. A model size is a table and names what it needs."""
+    schema = OmegaConf.structured(TrainConfig)
+    primary = OmegaConf.load(config_folder() / "train.yaml")
+    options = {group: name for default in primary.defaults if default != "schema" for group, name in parse(default)}
+    sections = {
+        group: OmegaConf.load(config_folder() / group / f"{name}.yaml")
+        for group, name in options.items()
+        if group not in ("model", "experiment")
+    }
+    assert {"data", "optimizer", "schedule", "parallel", "zero", "logging"} <= sections.keys()
+    sections |= {name: primary[name] for name in primary if name in schema}
+    for name, values in sections.items():
+        for key in values or {}:
+            assert OmegaConf.is_missing(schema[name], key), f"{name}.{key} has a default in the schema too"
+
+
+def parse(default: Any) -> list[tuple[str, str]]:
+    """The (group, option) of an entry of the defaults list."""
+    if isinstance(default, str):
+        return []
+    return [(str(group), option) for group, option in default.items() if not str(group).startswith("override")]
