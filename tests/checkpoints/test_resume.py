@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.support import REPOSITORY
-from tests.support.commands import train
+from tests.support.commands import launch
 from tests.support.runs import TINY, Training, records, train_in_turn, weights
 
 STEPS = 20
@@ -28,7 +28,7 @@ def test_killed_while_saving_then_stopped_by_sigterm(shards: Path, tmp_path: Pat
     run = tmp_path / "run"
     interrupted = [*base, f"run.dir={run}", "logging.wandb.mode=offline"]
     whole = Training([*base, f"run.dir={tmp_path}/whole"])
-    train_in_turn([whole, Training(interrupted, killed_at=KILLED_AT)], 1, tmp_path)
+    train_in_turn([whole, Training(interrupted, killed_at=KILLED_AT)])
 
     checkpoints = run / "checkpoints"
     assert folders(checkpoints) == ["partial_step_00000008", "step_00000004"]
@@ -42,7 +42,7 @@ def test_killed_while_saving_then_stopped_by_sigterm(shards: Path, tmp_path: Pat
     assert folders(checkpoints)[-1] == f"step_{stopped_after:08d}"
     assert not list(checkpoints.glob("partial_*"))
 
-    done = train(interrupted)
+    done = launch(interrupted)
     assert f"goes on after step {stopped_after}" in done.stdout
     same_as_never_stopped(run, tmp_path / "whole")
     assert folders(checkpoints) == ["step_00000016", "step_00000020"]
@@ -56,10 +56,10 @@ def test_killed_with_zero_3_on_two_ranks(shards: Path, tmp_path: Path) -> None:
     base = [*RESUMABLE, f"data.path={shards}", "zero.stage=3", "train.micro_batch_size=2", "train.recompute=true"]
     killed = [*base, f"run.dir={tmp_path}/run"]
     whole = Training([*base, f"run.dir={tmp_path}/whole"])
-    train_in_turn([whole, Training(killed, killed_at=KILLED_AT)], 2, tmp_path)
+    train_in_turn([whole, Training(killed, killed_at=KILLED_AT)], processes=2)
     assert folders(tmp_path / "run" / "checkpoints") == ["partial_step_00000008", "step_00000004"]
 
-    done = train(killed, processes=2)
+    done = launch(killed, processes=2)
     assert "goes on after step 4" in done.stdout
     same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
 

@@ -1,15 +1,15 @@
-"""The commands as a user starts them, in processes of their own or in this one."""
+"""The commands as a user starts them: in processes of their own, or their entry points in this one."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from unittest import mock
 
 from tests.support import REPOSITORY
+from tests.support.ports import free_port
 
 
 def command(arguments: list[str], check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -26,10 +26,10 @@ def command(arguments: list[str], check: bool = True, **environment: str) -> sub
     return done
 
 
-def train(overrides: Iterable[str], processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """``monet-train`` as a user starts it: alone, or under torchrun."""
+def launch(overrides: Iterable[str], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """``monet-train`` as a user's shell starts it: alone, or under torchrun. It must succeed."""
     launcher = [sys.executable, "-m", "monet_train.train"] if processes == 1 else torchrun(processes)
-    return command([*launcher, *overrides], check)
+    return command([*launcher, *overrides])
 
 
 def torchrun(processes: int, module: str = "monet_train.train") -> list[str]:
@@ -48,20 +48,3 @@ def exit_status(main: Callable[[], None], name: str, *arguments: object) -> int:
         except SystemExit as stop:
             return int(stop.code or 0)
     return 0
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
-    return free_ports(1)[0]
-
-
-def free_ports(number: int) -> list[int]:
-    """Different ports of the loopback interface that nobody listens on."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from dataclasses import asdict, dataclass
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from monet_train.checkpoints.layout import resolve_checkpoint
-from tests.support.commands import command, free_port, torchrun
+from tests.support import worker
+from tests.support.ports import free_port
+from tests.support.processes import run_ranks
 
 TINY = [
     "train.device=cpu",
@@ -38,18 +41,20 @@ class Training:
     overrides: list[str]
     killed_at: int | None = None  # killed while it saves the checkpoint of this step; only the last one can be
     masked: bool = False  # with experts switched off in both routing groups
+    port: int = field(default_factory=free_port)
 
 
-def train_in_turn(trainings: list[Training] | list[list[str]], processes: int, folder: Path) -> None:
-    """Several trainings one after another in the same processes; a list of overrides is a training of its own."""
-    plan = [asdict(t if isinstance(t, Training) else Training(t)) | {"port": free_port()} for t in trainings]
-    path = folder / f"plan_{processes}.json"
-    path.write_text(json.dumps(plan))
-    module = "tests.support.worker"
-    launcher = [sys.executable, "-m", module] if processes == 1 else torchrun(processes, module)
-    killed = plan[-1]["killed_at"] is not None
-    done = command([*launcher, str(path)], check=not killed)
-    assert (done.returncode != 0) == killed, done.stderr
+def train_in_turn(trainings: Sequence[Training | list[str]], processes: int = 1) -> None:
+    """Several trainings one after another, in the same processes; overrides alone are a training too."""
+    trainings = [given if isinstance(given, Training) else Training(given) for given in trainings]
+    killed = trainings[-1].killed_at is not None
+    for done in run_ranks(worker.fit_in_turn, trainings, ranks=processes):
+        assert (done.returncode != 0) == killed, done.stderr
+
+
+def train(overrides: Iterable[str], processes: int = 1, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """``monet-train`` in processes that have its imports already; what became of every rank."""
+    return run_ranks(worker.monet_train, list(overrides), ranks=processes, **environment)
 
 
 def records(run: Path, key: str = "loss") -> list[dict[str, Any]]:

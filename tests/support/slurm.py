@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.commands import free_ports
+from tests.support.ports import free_ports
 
 TOOLS = ("sbatch", "scancel", "sinfo", "squeue", "slurmctld", "slurmd", "munged", "unshare")
 GPUS = 8

@@ -1,22 +1,23 @@
-"""Runs several trainings one after another in the processes of one torchrun: imports are most of a small run's time."""
+"""What the processes of :mod:`tests.support.processes` do."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from monet_train.config.compose import compose
 from monet_train.parallel.launch import read_launch
+from monet_train.train import main
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.setup import build_trainer
-from tests.support.runs import Training
+
+if TYPE_CHECKING:
+    from tests.support.runs import Training
 
 
 class KilledWhileSaving(Callback):
@@ -43,18 +44,20 @@ def mask_experts(model: torch.nn.Module) -> None:
     model.set_expert_mask(1, torch.randn(shape[1:], generator=generator))
 
 
-def run(training: Training) -> None:
-    with build_trainer(compose(training.overrides), read_launch()) as trainer:
-        if training.masked:
-            mask_experts(trainer.engine.module)
-        if training.killed_at is not None:
-            trainer.callbacks.insert(0, KilledWhileSaving(training.killed_at))
-        trainer.fit()
-
-
-if __name__ == "__main__":
+def fit_in_turn(trainings: list[Training]) -> None:
+    """Run the trainings, each with a rendezvous of its own."""
     warnings.filterwarnings("ignore")
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's own store serves one process group only
-    for entry in json.loads(Path(sys.argv[1]).read_text()):
-        os.environ["MASTER_PORT"] = str(entry.pop("port"))
-        run(Training(**entry))
+    for training in trainings:
+        os.environ["MASTER_PORT"] = str(training.port)
+        with build_trainer(compose(training.overrides), read_launch()) as trainer:
+            if training.masked:
+                mask_experts(trainer.engine.module)
+            if training.killed_at is not None:
+                trainer.callbacks.insert(0, KilledWhileSaving(training.killed_at))
+            trainer.fit()
+
+
+def monet_train(overrides: list[str]) -> None:
+    """The command with these arguments."""
+    sys.argv = ["monet-train", *overrides]
+    main()

@@ -23,8 +23,8 @@ def test_losses_agree(form: str, shards: Path, tmp_path: Path) -> None:
         ]  # fmt: skip
 
     unmasked = Training(overrides("unmasked whole"))
-    train_in_turn([Training(overrides("whole"), masked=True), unmasked], 1, tmp_path)
-    train_in_turn([Training(overrides(name), masked=True) for name in ("tensor", "zero3")], 2, tmp_path)
+    train_in_turn([Training(overrides("whole"), masked=True), unmasked])
+    train_in_turn([Training(overrides(name), masked=True) for name in ("tensor", "zero3")], processes=2)
 
     losses = {name: [r["loss"] for r in records(tmp_path / name)] for name in [*TOPOLOGIES, "unmasked whole"]}
     assert len(losses["whole"]) == 4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,9 +17,7 @@ from monet_train.errors import EXIT_BAD_INPUT, UserError
 from monet_train.parallel.launch import Launch
 from monet_train.training.run_folder import lock_run_folder
 from monet_train.training.setup import build_trainer
-from tests.support import REPOSITORY
-from tests.support.commands import free_port, train
-from tests.support.runs import TINY
+from tests.support.runs import TINY, train
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0)
 
@@ -194,7 +191,6 @@ def test_folder_that_another_training_holds(trained: Path, shards: Path) -> None
     assert contents(trained) == before
 
 
-@pytest.mark.slow
 def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -203,7 +199,7 @@ def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> 
         pytest.skip("mounting a small tmpfs needs root")
     try:
         run = disk / "run"
-        done = train([*overrides(run, shards), "train.max_steps=2", "checkpoint.every=1"], check=False)
+        (done,) = train([*overrides(run, shards), "train.max_steps=2", "checkpoint.every=1"])
         assert done.returncode == EXIT_BAD_INPUT
         (line,) = error_lines(done.stderr)
         assert f"{run / 'checkpoints'} cannot be written, the disk is full: make room" in line
@@ -212,10 +208,9 @@ def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> 
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.slow
 def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
     bad, *fragments = BAD_CONFIGURATIONS["misspelt key"]
-    done = train([*overrides(tmp_path / "run", shards), bad], check=False)
+    (done,) = train([*overrides(tmp_path / "run", shards), bad])
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = error_lines(done.stderr)
     for fragment in fragments:
@@ -223,10 +218,9 @@ def test_command_refuses_misspelt_key(shards: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_command_refuses_changed_run(trained: Path, shards: Path) -> None:
     before = contents(trained)
-    done = train([*overrides(trained, shards), "train.seed=1"], check=False)
+    (done,) = train([*overrides(trained, shards), "train.seed=1"])
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = error_lines(done.stderr)
     assert "set it back" in line
@@ -237,45 +231,25 @@ def test_command_refuses_changed_run(trained: Path, shards: Path) -> None:
 def test_all_ranks_end_when_one_refuses(trained: Path, shards: Path, tmp_path: Path) -> None:
     """Only rank 0 takes the lock; the other rank must not wait for it."""
     run = tmp_path / "run"
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "monet_train.train", *overrides(run, shards)]
     with lock_run_folder(run):
-        ranks = [
-            subprocess.Popen(
-                command, cwd=REPOSITORY, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            printed = [rank.communicate(timeout=200)[1] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
+        ranks = train(overrides(run, shards), processes=2)
     assert [rank.returncode for rank in ranks] == [EXIT_BAD_INPUT, EXIT_BAD_INPUT]
-    (line,) = error_lines(printed[0] + printed[1])
+    (line,) = error_lines(ranks[0].stderr + ranks[1].stderr)
     assert f"run.dir={run} is being trained" in line
     assert [path.name for path in run.iterdir()] == [".lock"]
 
 
-@pytest.mark.slow
 def test_a_rank_tells_what_it_alone_may_have(shards: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "monet_train.train", *overrides(tmp_path / "run", shards), "train.device=cuda"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    (done,) = train([*overrides(tmp_path / "run", shards), "train.device=cuda"], **environment)
     assert done.returncode == EXIT_BAD_INPUT
     assert "Traceback" not in done.stderr
     assert "rank 1: error: train.device=cuda, but torch sees no GPU" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "world"), [("0", "x"), ("2", "2")])
 def test_launcher_that_says_nonsense(rank: str, world: str) -> None:
-    environment = os.environ | {"RANK": rank, "WORLD_SIZE": world}
-    command = [sys.executable, "-m", "monet_train.train", "data.path=shards"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
+    (done,) = train(["data.path=shards"], RANK=rank, WORLD_SIZE=world)
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = error_lines(done.stderr)
     assert "unset RANK and WORLD_SIZE" in line

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import REPOSITORY
-from tests.support.commands import train
-from tests.support.runs import TINY, records
+from tests.support.runs import TINY, records, train_in_turn
 
 pytestmark = pytest.mark.slurm
 
@@ -77,7 +76,7 @@ def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     (resumed_after,) = re.findall(r"goes on after step (\d+)", text)
     assert 2 <= int(resumed_after) < STEPS
 
-    train([*overrides, f"run.dir={tmp_path / 'plain'}"], processes=2)
+    train_in_turn([[*overrides, f"run.dir={tmp_path / 'plain'}"]], processes=2)
     assert [record["step"] for record in records(job.run)] == list(range(1, STEPS + 1))
     assert records(job.run) == records(tmp_path / "plain")
 
