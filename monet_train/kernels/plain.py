@@ -79,6 +79,31 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def expert_factors(mask: Tensor, heads: int, experts: int, dtype: torch.dtype) -> Tensor:
+    """A copy of a mask in the form that the functions below take, [1 or H, E, E].
+
+    Args:
+        mask: bool (False = off) or real factors of the experts; whatever broadcasts to [H, E, E].
+        dtype: of the factors.
+
+    Raises:
+        ValueError: the mask is not such a tensor, or has values that are not finite.
+    """
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        kind = f"{mask.dtype} values" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a tensor of bool (False = off) or real factors, not {kind}")
+    shape = (heads, experts, experts)
+    try:
+        mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"mask of shape {list(mask.shape)} does not broadcast to [H, E, E] = {list(shape)}") from None
+    factors = mask.detach().to(dtype)
+    if not factors.isfinite().all():
+        raise ValueError("mask has values that are not finite; use 0 for an expert that is off")
+    kept = len(mask) if mask.dim() == 3 else 1  # heads are kept apart only where they may differ
+    return factors.expand(kept, experts, experts).clone(memory_format=torch.contiguous_format)
+
+
 def expert_weights(g1: Tensor, g2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a mask leaves of each half-expert: r1_i = Σ_hj M_hij g1_hi g2_hj, r2_j = Σ_hi M_hij g1_hi g2_hj.
 

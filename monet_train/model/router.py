@@ -40,7 +40,7 @@ class Router(nn.Module):
         self.w2 = LogitProjection(config, kernels)
         self.norm1 = LogitStatistics(self.heads)
         self.norm2 = LogitStatistics(self.heads)
-        self.mask = ExpertMask(self.heads, self.experts)
+        self.mask = ExpertMask(self.heads, self.experts, config.moe_groups)
 
     def route(
         self, x: Tensor, statistics: BatchStatistics | None = None

@@ -91,7 +91,7 @@ class RoutingGroup:
         self.layers = layers
         router = layers[0].router
         assert router is not None
-        self.mask = router.mask.factors  # also for a recomputation: it may be another by then
+        self.masks = router.mask.factors  # by layer; a recomputation takes them too, whatever was set meanwhile
         self.context = context
         self.keep_states = keep_states
         self.statistics: BatchStatistics | None = None  # of the first pass; a recomputation reuses them
@@ -101,13 +101,15 @@ class RoutingGroup:
     def __call__(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """hidden [B, S, d] -> hidden and, in training, the fields of :class:`GateSums`, all as bare tensors."""
         states = []
-        for layer in self.layers:
+        routing = None
+        for layer, mask in zip(self.layers, self.masks, strict=False):
             hidden = hidden + layer.self_attn(layer.input_layernorm(hidden), self.context)
             x = layer.post_attention_layernorm(hidden)
             tokens = x.flatten(0, 1)
             if layer.router is not None:
                 g1, g2, self.statistics = layer.router.route(tokens, self.statistics)
-                routing = layer.moe.routing(g1, g2, self.mask)
+            if routing is None or mask is not routing.mask:
+                routing = layer.moe.routing(g1, g2, mask)
             hidden = hidden + layer.moe(tokens, routing).view_as(x)
             states.append(hidden)
         if self.keep_states:
@@ -228,18 +230,20 @@ class MonetForCausalLM(nn.Module):
             if isinstance(module, Experts):
                 module.store_for_decoding()
 
-    def set_expert_mask(self, group: int, mask: Tensor) -> None:
-        """Switch experts of a routing group off, or scale them, in all its layers, in training and evaluation.
+    def set_expert_mask(self, group: int, mask: Tensor, layer: int | None = None) -> None:
+        """Switch experts of a routing group off, or scale them, in training and evaluation.
 
         The output of a layer becomes Σ_h Σ_ij M_hij g1_hi g2_hj E_ij(x): gates are not renormalised, and a layer
-        whose experts are all off puts out 0. The auxiliary losses and ``router_probs`` are those of the unmasked
-        gates. A mask is no part of the state dict, gets no gradient, and replaces the group's earlier one. With
-        tensor parallelism every rank sets the same.
+        whose experts are all off outputs 0. The auxiliary losses, ``gates`` and ``router_probs`` are those of the
+        unmasked gates. A mask is not part of the state dict, gets no gradient, and replaces the earlier one of the
+        layers that take it. With tensor parallelism every rank sets the same. :class:`~monet_train.ExpertSet` has
+        masks in a file.
 
         Args:
             group: routing group, that is layer // moe_groups.
             mask: M as bool (False = off) or factors; whatever broadcasts to [H, E, E], (head, half-expert i of side
                 1, half-expert j of side 2).
+            layer: the only layer of the group that takes the mask, by its number in the model; None: all of them.
 
         Examples::
 
@@ -252,20 +256,29 @@ class MonetForCausalLM(nn.Module):
             model.set_expert_mask(1, factors)
             heads = torch.tensor([1.0, 0.0, 2.0])[:, None, None]  # of H = 3
             model.set_expert_mask(2, heads)     # head 1 off, head 2 doubled
+            model.set_expert_mask(0, keep, layer=1)  # in layer 1 alone
         """
         router = self._router(group)
-        router.mask.set(mask, like=router.w1.weight)
+        place = None if layer is None else self._place_in_group(group, layer)
+        router.mask.set(mask, like=router.w1.weight, layer=place)
 
     def clear_expert_mask(self, group: int | None = None) -> None:
-        """Take the mask of a routing group away, or those of all groups."""
+        """Remove the masks of a routing group, or those of all groups."""
         for router in self.model.routers() if group is None else (self._router(group),):
             router.mask.clear()
 
     def _router(self, group: int) -> Router:
         routers = list(self.model.routers())
         if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < len(routers):
-            raise UserError(f"group={group!r} is no routing group; use one of 0 to {len(routers) - 1}")
+            raise UserError(f"group={group!r} is not a routing group; use one of 0 to {len(routers) - 1}")
         return routers[group]
+
+    def _place_in_group(self, group: int, layer: int) -> int:
+        first = group * self.config.moe_groups
+        layers = range(first, min(first + self.config.moe_groups, self.config.num_hidden_layers))
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer not in layers:
+            raise UserError(f"layer={layer!r} is not in routing group {group}; use one of {layers[0]} to {layers[-1]}")
+        return layer - first
 
     def _sum_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the counted targets, and their number."""

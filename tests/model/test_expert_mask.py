@@ -100,7 +100,7 @@ def test_what_broadcasts(model: MonetForCausalLM, shape: tuple[int, ...]) -> Non
     model.set_expert_mask(0, mask)
     by_shape = logits(model)
     stored = next(model.model.routers()).mask.factors
-    assert stored is not None and len(stored) == (H if len(shape) == 3 and shape[0] == H else 1)
+    assert [len(factors) for factors in stored] == [H if len(shape) == 3 and shape[0] == H else 1] * 2
     model.set_expert_mask(0, mask.expand(H, E, E).double())
     torch.testing.assert_close(logits(model), by_shape, rtol=0, atol=0)
 
@@ -177,16 +177,65 @@ def test_precision_and_state_dict(model: MonetForCausalLM) -> None:
     assert model.state_dict().keys() == names
     router = next(model.model.routers())
     model.bfloat16()
-    assert router.mask.factors.dtype == torch.float32
-    assert (router.mask.factors == torch.tensor(0.1)).all()
+    for factors in router.mask.factors:
+        assert factors.dtype == torch.float32
+        assert (factors == torch.tensor(0.1)).all()
     assert logits(model).isfinite().all()
     model.set_expert_mask(0, torch.full((E, E), 0.1))
-    assert router.mask.factors.dtype == torch.float32
+    assert all(factors.dtype == torch.float32 for factors in router.mask.factors)
     model.double()
-    assert router.mask.factors.dtype == torch.float64
+    assert all(factors.dtype == torch.float64 for factors in router.mask.factors)
+    assert router.mask.factors[0] is router.mask.factors[1]  # one tensor for the layers that share it
     assert logits(model).dtype == torch.float64
     model.to("meta")
-    assert router.mask.factors.device.type == "meta"
+    assert all(factors.device.type == "meta" for factors in router.mask.factors)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+def test_layers_of_a_group_may_have_masks_of_their_own(
+    make: Callable[[bool], MonetForCausalLM], recompute: bool
+) -> None:
+    """Each layer against the same layer in a group that has its mask throughout, given the same tokens and gates."""
+    masks = [random_mask(E, E), random_mask(H, E, E)]
+
+    def layers_and_gradients(assign: Callable[[MonetForCausalLM], None]) -> tuple[list[Tensor], list[Tensor]]:
+        model = make(recompute).train()
+        assign(model)
+        outputs: list[Tensor] = []
+        for layer in list(model.model.layers)[:2]:
+            layer.moe.register_forward_hook(lambda *of: outputs.append(of[2].detach()))
+        # attention of the second layer sees nothing of the first expert layer: both expert layers get the same tokens
+        model.model.layers[0].moe.register_forward_hook(lambda *of: of[2].detach() * 0)
+        loss = model(IDS, labels=IDS).loss
+        model.clear_expert_mask()
+        loss.backward()
+        return outputs[:2], [p.grad for p in model.model.layers[1].moe.parameters()]
+
+    def own_masks(model: MonetForCausalLM) -> None:
+        for layer, mask in enumerate(masks):
+            model.set_expert_mask(0, mask, layer=layer)
+
+    outputs, gradients = layers_and_gradients(own_masks)
+    for layer, mask in enumerate(masks):
+        throughout = layers_and_gradients(lambda model, mask=mask: model.set_expert_mask(0, mask))
+        assert torch.equal(outputs[layer], throughout[0][layer])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, throughout[1], strict=True))
+
+
+def test_a_mask_for_the_group_replaces_those_of_its_layers(model: MonetForCausalLM) -> None:
+    mask = random_mask(E, E)
+    model.set_expert_mask(1, mask)
+    expected = logits(model)
+    model.set_expert_mask(1, torch.zeros(E, E), layer=3)
+    assert [(output == 0).all().item() for output in layer_outputs(model)] == [False, False, False, True]
+    model.set_expert_mask(1, mask)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("layer", [1, 4, -1, 2.0, True])
+def test_a_layer_of_another_group_is_refused(model: MonetForCausalLM, layer: int) -> None:
+    with pytest.raises(UserError, match="is not in routing group 1; use one of 2 to 3"):
+        model.set_expert_mask(1, torch.ones(E, E), layer=layer)
 
 
 BAD_MASKS: dict[str, tuple[object, str]] = {
@@ -211,7 +260,7 @@ def test_a_bad_mask_is_refused_and_the_last_one_stays(model: MonetForCausalLM, m
 
 @pytest.mark.parametrize("group", [GROUPS, -1, 0.0, True, "0", None])
 def test_a_group_that_is_not_there_is_refused(model: MonetForCausalLM, group: int) -> None:
-    message = "is no routing group; use one of 0 to 1"
+    message = "is not a routing group; use one of 0 to 1"
     with pytest.raises(UserError, match=message):
         model.set_expert_mask(group, torch.ones(E, E))
     if group is not None:
