@@ -31,8 +31,8 @@ from data_prep.__main__ import number
 from data_prep.documents import parse, read_chunks
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
-from data_prep.tokenizers import Tokenizer, load_tokenizer
 from monet_train.errors import one_line_errors
+from monet_train.tokenizers import Tokenizer, load_tokenizer
 
 DOCUMENT_TOKENS = 1000  # mean length of the made-up documents of `index`
 SEQUENCE = 2048
@@ -105,7 +105,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
             with times.of(start):
                 prepare(arguments, Path(folder) / "one", Path(folder) / "one.txt")
             if arguments.plain:
-                times.add(library, *bare(texts, arguments, lambda tokenizer: tokenizer.encode_plainly))
+                times.add(library, *bare(texts, arguments, lambda tokenizer: tokenizer.encode_by_library))
                 with times.of(slow_ours):
                     prepare(arguments, Path(folder) / "slow", arguments.corpus, fast=False)
                 with times.of(plain):
@@ -172,7 +172,7 @@ def map_and_write(texts: list[str], arguments: argparse.Namespace, folder: Path)
     program = (
         "import sys, datasets, numpy as np\n"
         "from pathlib import Path\n"
-        "from data_prep.tokenizers import load_tokenizer\n"
+        "from monet_train.tokenizers import load_tokenizer\n"
         "from monet_train.data.megatron import IndexedDatasetBuilder\n"
         "tokenizer = load_tokenizer(Path(sys.argv[2]))\n"
         "encode = lambda rows: {'ids': tokenizer.encode(rows['text'])}\n"
@@ -199,7 +199,7 @@ def compare_ids(texts: list[str], arguments: argparse.Namespace) -> None:
         different = 0
         for i in range(0, len(texts), 256):
             block = texts[i : i + 256]
-            pairs = zip(tokenizer.encode(block), tokenizer.encode_plainly(block), strict=True)
+            pairs = zip(tokenizer.encode(block), tokenizer.encode_by_library(block), strict=True)
             different += sum(fast != slow for fast, slow in pairs)
         print(f"  documents with other ids than the tokenizer's own library: {different} of {len(texts)}")
 

@@ -261,7 +261,7 @@ def run_shards(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data shards``."""
     from data_prep.pipeline import ShardOptions
     from data_prep.shards import prepare
-    from data_prep.tokenizers import load_tokenizer
+    from monet_train.tokenizers import load_tokenizer
 
     options = ShardOptions(
         arguments.tokens_per_shard, arguments.workers, arguments.max_bad_share, arguments.task, arguments.tasks

@@ -19,9 +19,9 @@ import numpy as np
 
 from data_prep.documents import Chunk, Reject, parse
 from data_prep.recipe import LABELS
-from data_prep.tokenizers import Tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.errors import UserError
+from monet_train.tokenizers import Tokenizer
 
 CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer does between chunks
 SLOT_BYTES = 4 << 20  # of shared memory for each of them; what is not touched costs nothing

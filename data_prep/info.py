@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.files import cannot_read
-from data_prep.tokenizers import load_tokenizer
 from monet_train.data.index_file import check_index, read_index
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
+from monet_train.tokenizers import load_tokenizer
 
 BAR = 40  # characters of the longest bar
 SAMPLE_CHARS = 160

@@ -20,9 +20,9 @@ from data_prep.journal import Totals
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import ShardWriter
 from data_prep.sources import Part
-from data_prep.tokenizers import Tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import Position, ShardRecord
+from monet_train.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import Column, Encoded
-from data_prep.files import sha256_file
 from data_prep.recipe import LABELS
 from monet_train.data.index_file import write_index
 from monet_train.data.manifest import FileRecord, Position, ShardRecord
 from monet_train.durable import sync
 from monet_train.errors import UserError
+from monet_train.fingerprint import sha256_file
 
 SUFFIXES = ("labels.parquet", "bin", "idx")  # in the order of renaming: the index comes last
 NO_VALUE, OTHERS = "(none)", "(others)"

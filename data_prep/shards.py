@@ -18,11 +18,12 @@ from data_prep.pipeline import Begin, Plan, RejectsLog, ShardOptions, make_shard
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import SUFFIXES, disk_error
 from data_prep.sources import list_parts
-from data_prep.tokenizers import CONFIG_NAME, TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.data.index_file import token_dtype
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, Position, ShardRecord
 from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
+from monet_train.tokenizers import Tokenizer, load_tokenizer
+from monet_train.tokenizers.files import remove_tokenizer
 
 TASKS_BEGIN_SECONDS = 60  # in which the tasks of an array have begun, one after the other
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
@@ -155,8 +156,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
             raise UserError(f"{journal.path} does not record every shard: delete {folder} and prepare it again")
     if not shards:
         _remove_journals(folder)
-        for name in (*TOKENIZER_FILES, CONFIG_NAME):  # nothing is in the way of another attempt
-            (folder / name).unlink(missing_ok=True)
+        remove_tokenizer(folder)  # nothing is in the way of another attempt
         raise UserError(
             f"the sources hold no document ({sum(rejected.values())} bad, {sum(filtered.values())} filtered): check "
             "the paths, --text-field, the filters and --max-documents or --max-bytes"
@@ -200,7 +200,7 @@ def _refuse_gone(folder: Path, shards: list[ShardRecord], tasks: int) -> None:
 
 def _put_back(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecord]) -> None:
     """What was finished and is gone since."""
-    if not (folder / plan.tokenizer.record.file).is_file():
+    if not plan.tokenizer.is_in(folder):
         plan.tokenizer.copy_to(folder, _task_suffix(plan.options))
     _rebuild(plan, encoder, folder, shards)
 

@@ -17,13 +17,14 @@ from data_prep.documents import Document, parse, read_chunks
 from data_prep.journal import exclusive
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts
-from data_prep.tokenizers import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from monet_train.durable import write_atomically
 from monet_train.errors import UserError
+from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from monet_train.tokenizers.files import SENTENCEPIECE_MODEL
 
 PIECE_CHARS = 2000  # documents are cut into pieces of this length for the trainer
 REPORT_BYTES = 1_000_000  # of each source, for the report
-MODEL_NAME, REPORT_NAME = "tokenizer.model", "report.json"
+REPORT_NAME = "report.json"
 NO_DOCUMENT = "the sources hold no document: check the paths, --text-field and the filters"
 
 
@@ -55,7 +56,7 @@ def make_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> d
         "max_bytes": recipe.max_bytes,
     }
     with exclusive(folder):
-        if any((folder / name).exists() for name in TOKENIZER_FILES):
+        if find_tokenizer(folder):
             return _existing_report(folder, asked)
         return _make_tokenizer(recipe, options, folder, parts, existing, asked)
 
@@ -66,7 +67,7 @@ def _make_tokenizer(
 ) -> dict[str, Any]:  # fmt: skip
     budget = min(options.sample_bytes, recipe.max_bytes or options.sample_bytes)
     texts = _Sample(parts, budget, recipe.max_documents)
-    model = folder / f".{MODEL_NAME}"
+    model = folder / f".{SENTENCEPIECE_MODEL}"
     try:
         if existing is None:
             write_atomically(model, _train(texts, options))

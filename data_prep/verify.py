@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.files import cannot_read, sha256_file
+from data_prep.files import cannot_read
 from data_prep.ids import find_duplicates
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import count_labels
-from data_prep.tokenizers import CONFIG_NAME, load_tokenizer
 from monet_train.data.index_file import check_index, read_index, read_index_header
-from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, TokenizerRecord
+from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
+from monet_train.fingerprint import sha256_file
+from monet_train.tokenizers import TokenizerRecord, load_tokenizer
+from monet_train.tokenizers.files import TOKENIZER_CONFIG
 
 SCAN_TOKENS = 1 << 24  # read at once
 
@@ -65,7 +67,8 @@ def _check_tokenizer(folder: Path, record: TokenizerRecord) -> Iterator[str]:
     if not tokenizer.is_file() or sha256_file(tokenizer) != record.sha256:
         yield f"{tokenizer} is missing or not the one that made the shards: copy it here again"
     elif not _has_special_tokens(tokenizer, record):
-        yield f"{folder / CONFIG_NAME} is missing or names other special tokens than the manifest: copy it here again"
+        names = folder / TOKENIZER_CONFIG
+        yield f"{names} is missing or names other special tokens than the manifest: copy it here again"
 
 
 def _check_folder(folder: Path, manifest: Manifest) -> Iterator[str]:

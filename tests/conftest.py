@@ -19,8 +19,8 @@ import torch
 
 from data_prep.__main__ import main
 from data_prep.recipe import Recipe, Source
-from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
+from monet_train.tokenizers import Tokenizer, load_tokenizer
 from tests.support import slurm as support_slurm
 from tests.support.commands import command, exit_status
 from tests.support.corpora import text_of

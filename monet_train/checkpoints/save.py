@@ -29,6 +29,7 @@ from monet_train.checkpoints.state import TrainingState
 from monet_train.checkpoints.weights import write_model
 from monet_train.durable import write_atomically
 from monet_train.errors import FULL, UserError
+from monet_train.tokenizers import StoredTokenizer
 
 
 class CheckpointWriter:
@@ -39,7 +40,7 @@ class CheckpointWriter:
         keep: how many of the newest checkpoints stay; None: all.
         identity: what a run that resumes must share (see :func:`resume.check_same_run`), JSON-serialisable.
         zero_stage: of the run.
-        tokenizer_file: copied into each checkpoint, if any.
+        tokenizer: of the data, copied into each checkpoint, if known.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class CheckpointWriter:
         keep: int | None,
         identity: dict[str, dict[str, Any]],
         zero_stage: int,
-        tokenizer_file: Path | None,
+        tokenizer: StoredTokenizer | None,
     ) -> None:
         self.folder, self.keep, self.identity = folder, keep, identity
-        self.zero_stage, self.tokenizer_file = zero_stage, tokenizer_file
+        self.zero_stage, self.tokenizer = zero_stage, tokenizer
 
     def save(self, training: TrainingState) -> None:
         """Write a checkpoint. Every rank calls it; a run that is killed meanwhile keeps the one before.
@@ -86,14 +87,15 @@ class CheckpointWriter:
         model = training.engine.module
         state = full_state_dict(model, training.topology, self.zero_stage)
         if is_main:
-            write_model(partial, state, model.config, self.tokenizer_file)
+            write_model(partial, state, model.config, self.tokenizer)
         dist.barrier()  # every rank has written its part
         if is_main:
             self._complete(partial, final, training.step)
         dist.barrier()
 
     def _complete(self, partial: Path, final: Path, step: int) -> None:
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+        sizes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in files}
         (partial / DESCRIPTION).write_text(Description(step, self.identity, sizes).to_json())
         if final.exists():
             shutil.rmtree(final)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from monet_train.checkpoints.layout import CONFIG, SHARDED_WEIGHTS, SINGLE_WEIGH
 from monet_train.errors import UserError
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.tokenizers import StoredTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as the commands name them
 WHOLE = "copy the whole checkpoint again, or give another"
@@ -126,23 +126,21 @@ def check_weights(weights: dict[str, Tensor], config: MonetConfig, folder: Path)
             )
 
 
-def write_model(folder: Path, state: dict[str, Tensor], config: MonetConfig, tokenizer_file: Path | None) -> None:
+def write_model(folder: Path, state: dict[str, Tensor], config: MonetConfig, tokenizer: StoredTokenizer | None) -> None:
     """Write the whole model into a step folder, so that export and inspection read it without the training's files.
 
     Args:
         state: parameters and buffers under their published names, on the CPU.
-        tokenizer_file: copied beside the weights, if any.
+        tokenizer: copied beside the weights; its special ids go into ``config.json``. None: not known.
     """
     weights = folder / SINGLE_WEIGHTS[0]
     save_file(state, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors leaves it readable by its owner alone
     dtype = state["lm_head.weight"].dtype
-    (folder / CONFIG).write_text(json.dumps(published_config(config, dtype), indent=2))
-    if tokenizer_file is not None:
-        # a tokenizer.json names its special tokens in the file beside it
-        for file in (tokenizer_file, tokenizer_file.with_name("tokenizer_config.json")):
-            if file.exists():
-                shutil.copy(file, folder / file.name)
+    token_ids = tokenizer.record.config_ids if tokenizer else {}
+    (folder / CONFIG).write_text(json.dumps(published_config(config, dtype) | token_ids, indent=2))
+    if tokenizer is not None:
+        tokenizer.copy_to(folder)
 
 
 def _weights_entry(folder: Path) -> Path:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from monet_train.data.index_file import check_index
-from monet_train.data.manifest import TokenizerRecord
 from monet_train.data.megatron import helpers
 from monet_train.data.packing import (
     CACHE_FROM_DOCUMENTS,
@@ -25,6 +24,7 @@ from monet_train.data.packing import (
 from monet_train.data.shards import Shard, ShardSet, check_tokenizer, check_vocabulary, data_paths, find_shards
 from monet_train.errors import UserError
 from monet_train.fingerprint import mix, sha256_json
+from monet_train.tokenizers import StoredTokenizer, TokenizerRecord
 from monet_train.typed import check_bounds
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Corpus:
     valid: Blend | None
     identity: dict[str, Any]  # what decides the order of sequences, by name
     vocab_size: int  # of the tokenizer; of the model where the shards do not tell
-    tokenizer_file: Path | None
+    tokenizer: StoredTokenizer | None
     train_tokens: int  # in one epoch
     valid_tokens: int  # of the documents held out, whether they are read or not
     documents: int  # training and held-out
@@ -157,7 +157,7 @@ def open_corpus(
             "reset_positions": config.reset_positions,
         },
         vocab_size=max([manifest.tokenizer.vocabulary_size for manifest in manifests], default=vocab_size),
-        tokenizer_file=next((s.tokenizer_file for s in sets if s.tokenizer_file), None),
+        tokenizer=next((s.tokenizer for s in sets if s.tokenizer), None),
         train_tokens=sum(split.facts["train_tokens"] for split in splits),
         valid_tokens=sum(split.facts["valid_tokens"] for split in splits),
         documents=sum(split.facts["documents"] for split in splits),

@@ -9,30 +9,11 @@ from typing import Any
 
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_json
+from monet_train.tokenizers.record import TokenizerRecord
 from monet_train.typed import from_json
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "monet-shards/1"
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """The tokenizer that made the shards; ``file`` lies beside them."""
-
-    file: str
-    kind: str  # sentencepiece | huggingface
-    sha256: str
-    vocabulary_size: int
-    eos_id: int
-    bos_id: int | None
-    unk_id: int | None
-    pad_id: int | None = None
-
-    @property
-    def special_ids(self) -> set[int]:
-        """Ids that no text may give: those of its end and begin, and padding unless it is the unknown token."""
-        padding = None if self.pad_id == self.unk_id else self.pad_id
-        return {i for i in (self.eos_id, self.bos_id, padding) if i is not None}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from monet_train.data.index_file import REBUILD, IndexHeader, read_index_header
 from monet_train.data.manifest import MANIFEST_NAME, Manifest
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file, sha256_samples
+from monet_train.tokenizers import StoredTokenizer
 
 SCAN_BYTES = 32 << 20  # how much of a shard without manifest is searched for tokens that are too large
 
@@ -45,9 +46,11 @@ class ShardSet:
     fingerprint: str
 
     @property
-    def tokenizer_file(self) -> Path | None:
+    def tokenizer(self) -> StoredTokenizer | None:
         """The tokenizer beside the shards, if they tell."""
-        return self.path / self.manifest.tokenizer.file if self.manifest else None
+        if self.manifest is None:
+            return None
+        return StoredTokenizer(self.path / self.manifest.tokenizer.file, self.manifest.tokenizer)
 
 
 def find_shards(path: Path) -> ShardSet:
@@ -113,7 +116,7 @@ def data_paths(path: Any) -> list[Path]:
 
 
 def check_tokenizer(shard_set: ShardSet) -> None:
-    """Refuse a shard folder without the tokenizer that made it: every checkpoint gets a copy of that file.
+    """Refuse a shard folder without the tokenizer that made it: every checkpoint gets a copy of it.
 
     Raises:
         UserError: the file is missing, or another one than the manifest says.

@@ -30,10 +30,11 @@ from monet_train.checkpoints.weights import (
 from monet_train.errors import UserError, one_line_errors
 from monet_train.interop import hf
 from monet_train.interop.card import model_card
-from monet_train.interop.tokenizer import find_tokenizer, write_tokenizer
+from monet_train.interop.export_tokenizer import write_tokenizer
 from monet_train.kernels import plain
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 MAX_SHARD_SIZE = "5GB"
 RECORD = "monet_export.json"  # lists the files of an export: what --force may replace
@@ -51,7 +52,7 @@ def save_pretrained(
 
     Args:
         folder: new or empty; with ``force`` an earlier export there is replaced.
-        tokenizer_file: a ``tokenizer.json`` or a SentencePiece model, to be exported with it.
+        tokenizer_file: a ``tokenizer.json``, a SentencePiece model or a folder with one, to be exported with it.
 
     Returns:
         the folder.
@@ -59,12 +60,12 @@ def save_pretrained(
     Raises:
         UserError: the folder is in use, or the tokenizer does not fit. Nothing is changed then.
     """
-    tokenizer = None if tokenizer_file is None else Path(tokenizer_file)
+    tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
     return write_export(model.config, model.state_dict(), Path(folder), tokenizer, force)
 
 
 def write_export(
-    config: MonetConfig, weights: dict[str, Tensor], folder: Path, tokenizer_file: Path | None, force: bool
+    config: MonetConfig, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer | None, force: bool
 ) -> Path:
     """Write a Hugging Face folder, whole or not at all. See :func:`save_pretrained`."""
     _refuse_occupied(folder, force)
@@ -74,7 +75,7 @@ def write_export(
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            _write_files(config, weights, new, place.name, tokenizer_file)
+            _write_files(config, weights, new, place.name, tokenizer)
             if place.exists():
                 place.rename(Path(scratch) / "old")
             new.rename(place)
@@ -112,11 +113,12 @@ def _refuse_occupied(folder: Path, force: bool) -> None:
 
 
 def _write_files(
-    config: MonetConfig, weights: dict[str, Tensor], folder: Path, name: str, tokenizer_file: Path | None
+    config: MonetConfig, weights: dict[str, Tensor], folder: Path, name: str, tokenizer: Tokenizer | None
 ) -> None:
     token_ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    if tokenizer_file is not None:
-        token_ids |= write_tokenizer(tokenizer_file, config, folder)
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder, vocab_size=config.vocab_size, context=config.max_position_embeddings)
+        token_ids = tokenizer.record.config_ids
     dtype = weights["model.embed_tokens.weight"].dtype
     save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
     _write_json(folder / CONFIG, published_config(config, dtype) | token_ids | {"auto_map": AUTO_MAP})
@@ -129,9 +131,10 @@ def _write_files(
         shutil.copyfile(modelling_files / file, folder / file)
     shutil.copyfile(plain.__file__, folder / "monet_plain.py")
     parameters = sum(tensor.numel() for key, tensor in weights.items() if key in _parameter_names(config))
-    card = model_card(name, config, parameters, dtype, has_tokenizer=tokenizer_file is not None)
+    card = model_card(name, config, parameters, dtype, has_tokenizer=tokenizer is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    files = sorted({RECORD, *(file.name for file in folder.iterdir())})
+    written = [file for file in folder.rglob("*") if file.is_file()]
+    files = sorted({RECORD, *(file.relative_to(folder).as_posix() for file in written)})
     for shard in folder.glob("*.safetensors"):
         shutil.copymode(folder / CONFIG, shard)  # the writer makes them private to the user
     _write_json(folder / RECORD, {"files": files})
@@ -148,21 +151,24 @@ def main() -> None:
     parser.add_argument("checkpoint", help="run folder (newest step), step folder, or Hugging Face folder")
     parser.add_argument("out", type=Path, help="folder to write: new or empty")
     parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (as in the checkpoint)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (the checkpoint's own)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json, SentencePiece model or folder (the checkpoint's own)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
     arguments = parser.parse_args()
 
     source = resolve_checkpoint(arguments.checkpoint)
     config = read_config(source)
+    tokenizer_file = arguments.tokenizer or find_tokenizer(source)
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
     weights = read_weights(source)
     check_weights(weights, config, source)
     if arguments.dtype:
         weights = cast_weights(weights, config, DTYPES[arguments.dtype])
-    tokenizer_file = arguments.tokenizer or find_tokenizer(source)
-    write_export(config, weights, arguments.out, tokenizer_file, arguments.force)
-    size = sum(file.stat().st_size for file in arguments.out.iterdir())
+    write_export(config, weights, arguments.out, tokenizer, arguments.force)
+    size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
     print(f"exported {source} to {arguments.out} ({size / 2**20:,.1f} MiB)")
-    if tokenizer_file is None:
+    if tokenizer is None:
         print("without a tokenizer: the checkpoint holds none and --tokenizer names none")
 
 

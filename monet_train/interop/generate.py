@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from monet_train.checkpoints.layout import resolve_checkpoint
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.checkpoints.weights import DTYPES
 from monet_train.errors import UserError, one_line_errors
-from monet_train.interop.tokenizer import find_tokenizer, load_tokenizer, special_token_ids
 from monet_train.model.attention import KVCache
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 UNDECODED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not complete yet
 
@@ -131,7 +130,9 @@ def main() -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the parameters (as stored)")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or SentencePiece model (the checkpoint's own)")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json, SentencePiece model or folder (the checkpoint's own)"
+    )
     arguments = parser.parse_args()
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
@@ -144,7 +145,7 @@ def main() -> None:
     if tokenizer_file is None:
         raise UserError(f"{folder} holds no tokenizer; name one with --tokenizer")
     tokenizer = load_tokenizer(tokenizer_file)
-    prompt = tokenizer.encode(arguments.prompt).ids
+    (prompt,) = tokenizer.encode([arguments.prompt])
     if not prompt:
         raise UserError("--prompt is empty; give the beginning of a text")
     model = load_pretrained(folder, dtype=DTYPES.get(arguments.dtype), device=device)
@@ -158,9 +159,9 @@ def main() -> None:
             f"{tokenizer_file} is not the tokenizer of {folder} (its ids exceed the vocabulary): give --tokenizer"
         )
 
-    end = special_token_ids(tokenizer_file)["eos"]
+    stop = [tokenizer.record.eos_id]
     tokens = generate_tokens(
-        model, prompt, arguments.max_new_tokens, sampling, [end], arguments.seed, not arguments.no_cache
+        model, prompt, arguments.max_new_tokens, sampling, stop, arguments.seed, not arguments.no_cache
     )
     for piece in stream_text(tokenizer, prompt, tokens):
         print(piece, end="", flush=True)

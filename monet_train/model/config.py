@@ -34,8 +34,8 @@ class MonetConfig:
     moe_topk: int = at_least(1, default=8)  # k, half-experts expected to be active per head (sets the threshold)
     moe_groups: int = at_least(1, default=4)  # layers that share one router
     moe_decompose: str = "vertical"
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1  # this and the next: the tokenizer's, where it is known; None: it has no such token
+    eos_token_id: int | None = 2
 
     @property
     def kv_heads(self) -> int:
@@ -81,7 +81,8 @@ class MonetConfig:
     def from_dict(cls, values: dict[str, Any]) -> MonetConfig:
         """Read a ``config.json`` dictionary; keys of the Hugging Face machinery that we do not use are skipped."""
         kinds = field_types(cls)
-        given = {key: value for key, value in values.items() if key in kinds and value is not None}
+        nullable = ("bos_token_id", "eos_token_id")  # null elsewhere stands for the default
+        given = {key: v for key, v in values.items() if key in kinds and (v is not None or key in nullable)}
         try:
             config: MonetConfig = from_json(cls, given, "config")
         except ValueError as error:

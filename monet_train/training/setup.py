@@ -80,7 +80,7 @@ def _build(config: TrainConfig, launch: Launch, device: torch.device, resources:
         keep=config.checkpoint.keep,
         identity=identity,
         zero_stage=config.zero.stage,
-        tokenizer_file=corpus.tokenizer_file,
+        tokenizer=corpus.tokenizer,
     )
     model = build_model(
         config.model,

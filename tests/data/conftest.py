@@ -10,7 +10,7 @@ import pytest
 from data_prep.pipeline import ShardOptions
 from data_prep.recipe import recipe_from
 from data_prep.shards import prepare as prepare_shards
-from data_prep.tokenizers import Tokenizer
+from monet_train.tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -340,7 +340,7 @@ def test_facts_of_the_corpus(shards: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(shards)
     assert corpus.documents == manifest.documents == 300
     assert corpus.vocab_size == 400
-    assert corpus.tokenizer_file == shards / "tokenizer.model"
+    assert corpus.tokenizer is not None and corpus.tokenizer.path == shards / "tokenizer.model"
     assert 0.8 * manifest.tokens < corpus.train_tokens < manifest.tokens
     assert open_(shards, tmp_path, valid_sequences=0).valid is None
     assert open_(shards, tmp_path, validation_fraction=0.0).valid is None

@@ -27,10 +27,10 @@ from data_prep.__main__ import main
 from data_prep.journal import exclusive
 from data_prep.recipe import Source
 from data_prep.sources import FileEntry, _group
-from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
+from monet_train.tokenizers import Tokenizer
 from tests.support import REPOSITORY
 from tests.support.corpora import text_of
 from tests.support.files import contents

@@ -24,13 +24,13 @@ import data_prep.shards
 from data_prep.encode import Column, Encoded
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import ShardWriter
-from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.index_file import read_index, token_dtype
 from monet_train.data.manifest import Manifest, Position
 from monet_train.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from monet_train.data.shards import find_shards
 from monet_train.errors import UserError
+from monet_train.tokenizers import Tokenizer
 from tests.support import REPOSITORY
 from tests.support.corpora import documents_of, text_of
 from tests.support.files import contents
@@ -265,8 +265,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
             ["shards", folder / "recipe.yaml", *shards], "'min_char': did you mean min_chars?"),
         "someone's folder": (
             ["shards", good, *shards, "--out", folder / "full"], "full is not empty"),
-        "no tokenizer": (["shards", good, "--tokenizer", folder / "no", *shards[2:]], "does not exist"),
-        "bad tokenizer": (["shards", good, "--tokenizer", folder / "bad.model", *shards[2:]], "is no Sent"),
+        "no tokenizer": (["shards", good, "--tokenizer", folder / "no", *shards[2:]], "no is not a file"),
+        "bad tokenizer": (["shards", good, "--tokenizer", folder / "bad.model", *shards[2:]], "is not a Sent"),
         "vocabulary too large": (
             ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
         "bad share": (["shards", good, *shards, "--max-bad-share", "nan"], "'nan' is no number from 0 to 1"),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
+from monet_train.tokenizers import Tokenizer
 from tests.support import REPOSITORY
 from tests.support.corpora import documents_of, text_of
 

@@ -23,10 +23,10 @@ import data_prep.shard_writer
 import data_prep.shards
 from data_prep import sources
 from data_prep.recipe import LABELS, load_recipe, recipe_from
-from data_prep.tokenizers import Tokenizer
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
+from monet_train.tokenizers import Tokenizer
 from tests.support import REPOSITORY
 from tests.support.corpora import documents_of, text_of
 from tests.support.files import contents

@@ -12,7 +12,7 @@ from torch import Tensor
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop.generate import Sampling, generate_tokens, main, stream_text
-from monet_train.interop.tokenizer import load_tokenizer
+from monet_train.tokenizers import load_tokenizer
 from tests.support import GOLDEN
 
 GREEDY = Sampling(temperature=0)
@@ -71,8 +71,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     step = shutil.copytree(GOLDEN / "tiny_horizontal", run / "checkpoints" / "step_00000010")
     (step.parent / "latest").write_text("step_00000010")
     SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(__file__).read_text().split("\n")), model_prefix=str(step / "tokenizer"),
-        vocab_size=256, model_type="bpe", character_coverage=0.99, minloglevel=2,
+        sentence_iterator=iter((GOLDEN.parents[1] / "LICENSE").read_text().split("\n")),
+        model_prefix=str(step / "tokenizer"), vocab_size=256, model_type="bpe", character_coverage=0.99, minloglevel=2,
     )  # fmt: skip
     (step / "tokenizer.vocab").unlink()
     return run
@@ -85,11 +85,11 @@ def test_text_streams_by_whole_characters(tmp_path: Path) -> None:
     )  # fmt: skip
     tokenizer = load_tokenizer(tmp_path / "bytes.model")
     text = "the prompt 🙂 def 日本 end"
-    ids = tokenizer.encode(text).ids
+    (ids,) = tokenizer.encode([text])
     pieces = list(stream_text(tokenizer, ids[:2], ids[2:]))
     assert "".join(pieces) == text
     assert "🙂" in pieces and not any("\ufffd" in piece for piece in pieces)
-    unfinished = ids[: ids.index(tokenizer.token_to_id("<0x9F>")) + 1]
+    unfinished = ids[: ids.index(tokenizer.processor.piece_to_id("<0x9F>")) + 1]
     assert "".join(stream_text(tokenizer, unfinished[:1], unfinished[1:])).startswith("the prompt \ufffd")
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.tokenizers import Tokenizer
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset, IndexedDatasetBuilder
+from monet_train.tokenizers import Tokenizer
 
 SENTENCES = (
     "The cat sat on the mat.\nЁжик в тумане, 北京欢迎你 — naïve café.\n"

@@ -10,12 +10,13 @@ import pytest
 
 from data_prep.documents import read_chunks
 from data_prep.encode import Encoder
-from data_prep.fast_encoder import FastEncoder
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
-from data_prep.tokenizers import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from monet_train.errors import UserError
-from monet_train.interop.convert_sentencepiece import convert_sentencepiece
+from monet_train.tokenizers import Tokenizer, load_tokenizer
+from monet_train.tokenizers.convert_sentencepiece import convert_sentencepiece
+from monet_train.tokenizers.fast_encoder import FastEncoder
+from monet_train.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from tests.support.corpora import documents_of, text_of
 from tests.support.tokenizers import byte_level
 
@@ -53,13 +54,13 @@ def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -
     ]
     texts = [text_of(i) for i in range(300)] + odd + [a + b for a in odd for b in odd]
     assert tokenizer.fast is not None, "BPE with byte fallback is encoded fast"
-    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+    assert tokenizer.encode(texts) == tokenizer.encode_by_library(texts)
 
 
 def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What encodes otherwise on the probes is not used at all, what does so later stops the run."""
     description = convert_sentencepiece(tokenizer.path).to_str()
-    assert FastEncoder.of(description, lambda texts: [[5] for _ in texts], ()) is None
+    assert FastEncoder.for_json(description, lambda texts: [[5] for _ in texts], ()) is None
     assert tokenizer.fast is not None
     wrong = FastEncoder(tokenizer.fast._inner, lambda texts: [[5] for _ in texts])
     monkeypatch.setattr(tokenizer, "fast", wrong)
@@ -72,7 +73,7 @@ def test_the_first_call_of_every_process_is_compared(jsonl: Path, tokenizer: Tok
     pytest.importorskip("fastokens")
     wrong = load_tokenizer(tokenizer.path)
     assert wrong.fast is not None
-    wrong.fast._plainly = lambda texts: [[5] for _ in texts]
+    wrong.fast._by_library = lambda texts: [[5] for _ in texts]
     for workers in (1, 2):
         (part,) = list_parts(recipe_from([str(jsonl / "part-0.jsonl")], {}, {}))
         with Encoder(wrong, workers) as encoder, pytest.raises(UserError, match="the package fastokens encodes"):
@@ -99,7 +100,7 @@ def test_a_hugging_face_tokenizer_serves_too(tmp_path: Path) -> None:
     assert tokenizer.record.eos_id == 380 and tokenizer.record.kind == "huggingface"
     texts = [*map(text_of, range(100)), "a<|endoftext|>b", "", "<|endoftext|>", "🦔 \n\n e\u0301"]
     assert tokenizer.fast is not None, "it is encoded fast"
-    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+    assert tokenizer.encode(texts) == tokenizer.encode_by_library(texts)
     assert [tokenizer.decode(ids) for ids in tokenizer.encode(texts)] == texts
 
 
@@ -112,7 +113,7 @@ def test_an_added_token_that_is_not_special_is_found_in_text(tmp_path: Path) -> 
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     texts = ["a<|code|>b <|code|>", "<|code|><|endoftext|>", *map(text_of, range(20))]
-    assert tokenizer.encode(texts) == tokenizer.encode_plainly(texts)
+    assert tokenizer.encode(texts) == tokenizer.encode_by_library(texts)
     assert inner.token_to_id("<|code|>") in tokenizer.encode(texts)[0]
 
 
@@ -149,12 +150,12 @@ def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
 
     path = byte_level(tmp_path, "<|endoftext|>") / "tokenizer.json"
     texts = [text_of(i) for i in range(20)]
-    expected = load_tokenizer(path).encode_plainly(texts)
+    expected = load_tokenizer(path).encode_by_library(texts)
     inner = tokenizers.Tokenizer.from_file(str(path))
     inner.model.dropout = 0.5  # type: ignore[attr-defined]
     inner.save(str(path))
     tokenizer = load_tokenizer(path)
-    assert tokenizer.encode_plainly(texts) == expected == tokenizer.encode(texts)
+    assert tokenizer.encode_by_library(texts) == expected == tokenizer.encode(texts)
 
 
 def test_special_tokens_are_known_and_no_text_makes_them(
@@ -181,10 +182,10 @@ def test_special_tokens_are_known_and_no_text_makes_them(
     ("written", "words"),
     [
         ('{"eos_token": ', r"cannot be read: .*: restore the file"),
-        ('["</s>"]', r"is no JSON object: restore the file"),
-        ('{"eos_token": {"x": 1}}', r'eos_token: \{"x": 1\} names no token: write the token'),
+        ('["</s>"]', r"is not a JSON object: restore the file"),
+        ('{"eos_token": {"x": 1}}', r'eos_token: \{"x": 1\} does not name a token: write the token'),
         ('{"pad_token": "<pad>"}', r"pad_token: '<pad>' is not in the vocabulary of .*tokenizer\.json: correct it"),
-        ('{"eos_token": ["</s>"]}', r'eos_token: \["</s>"\] names no token: write the token'),
+        ('{"eos_token": ["</s>"]}', r'eos_token: \["</s>"\] does not name a token: write the token'),
     ],
 )
 def test_a_broken_tokenizer_config_is_refused(written: str, words: str, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_broken_tokenizer_config_is_refused(written: str, words: str, tmp_path
 
 
 def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"makes its special token '</s>' out of the plain text '</s>'"):
+    with pytest.raises(UserError, match=r"makes its special token '</s>' of the plain text '</s>'"):
         load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import chain, count
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monet_train.errors import UserError
-from monet_train.interop.convert_sentencepiece import BPE, PROBES, USER_DEFINED, convert_sentencepiece
+from monet_train.tokenizers.convert_sentencepiece import BPE, USER_DEFINED, convert_sentencepiece, read_model
+from monet_train.tokenizers.probes import probe_texts
 
 COMPARED_CALLS = 16  # one call in so many is compared with the tokenizer's own library
 COMPARED_CHARS = 200  # of its first text
@@ -20,14 +20,14 @@ COMPARED_CHARS = 200  # of its first text
 Encode = Callable[[list[str]], list[list[int]]]
 
 
-class Flat(NamedTuple):
+class FlatIds(NamedTuple):
     """Token ids of some texts, one after the other."""
 
     ids: np.ndarray  # uint32 [sum of lengths]
     ends: np.ndarray  # int64 [texts], where each text's ids end
 
     @classmethod
-    def of(cls, lists: list[list[int]]) -> Flat:
+    def from_lists(cls, lists: list[list[int]]) -> FlatIds:
         """From the ids of each text."""
         ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64)
         return cls(np.fromiter(chain.from_iterable(lists), np.uint32), ends)
@@ -40,51 +40,44 @@ class Flat(NamedTuple):
 class FastEncoder:
     """Encodes in this thread, without special tokens: the name of one in a text is text."""
 
-    def __init__(self, inner: Any, plainly: Encode) -> None:
-        self._inner, self._plainly, self._calls = inner, plainly, count()
+    def __init__(self, inner: Any, by_library: Encode) -> None:
+        self._inner, self._by_library, self._calls = inner, by_library, count()
 
     @classmethod
-    def of(cls, description: str, plainly: Encode, names: Iterable[str]) -> FastEncoder | None:
+    def for_json(cls, description: str, by_library: Encode, names: Iterable[str]) -> FastEncoder | None:
         """The encoder of a tokenizer.json's content, or None where it does not serve.
 
         Args:
-            plainly: encodes with the tokenizer's own library.
-            names: how special and added tokens are written. On texts with these, and on PROBES, the ids have to be
-                the same.
+            by_library: encodes with the tokenizer's own library.
+            names: how special and added tokens are written; see ``probe_texts``, on which the ids have to be the same.
         """
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # the worker processes are the parallelism
-        # Where a model cannot write `<` or `x`, this package takes the name of a byte for the byte.
-        probes = [*PROBES, "".join(f"<0x{byte:02X}>" for byte in range(256)), *(f"a{name} {name}" for name in names)]
+        probes = probe_texts(names)  # where a model cannot write `<` or `x`, this package reads `<0x0A>` as the byte
         try:
             import fastokens
 
-            encoder = cls(fastokens.Tokenizer.from_json_str(description), plainly)
-            same = encoder._flat(probes).lists() == plainly(probes)
+            encoder = cls(fastokens.Tokenizer.from_json_str(description), by_library)
+            same = encoder._flat(probes).lists() == by_library(probes)
         except (ImportError, ValueError, RuntimeError):  # not installed, or a tokenizer of parts that it does not have
             return None
         return encoder if same else None
 
     @classmethod
-    def of_sentencepiece(cls, path: Path, plainly: Encode, special: Iterable[str]) -> FastEncoder | None:
+    def for_sentencepiece(cls, path: Path, by_library: Encode, special: Iterable[str]) -> FastEncoder | None:
         """The encoder of a SentencePiece model: for BPE with byte fallback and without symbols of the user's."""
-        from sentencepiece import sentencepiece_model_pb2
-
-        model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
-        model.ParseFromString(path.read_bytes())
+        model = read_model(path)
         if model.trainer_spec.model_type != BPE or not model.trainer_spec.byte_fallback:
             return None
         if any(piece.type == USER_DEFINED for piece in model.pieces):
             return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a conversion that is not exact: the ids are compared afterwards
-            description = convert_sentencepiece(path).to_str()
-        return cls.of(description, plainly, special)
+        description = convert_sentencepiece(path).to_str()
+        return cls.for_json(description, by_library, special)
 
     def compare_next(self) -> None:
         """A process begins to encode: its first call is compared, and then every COMPARED_CALLS-th."""
         self._calls = count()
 
-    def encode(self, texts: list[str]) -> Flat:
+    def encode(self, texts: list[str]) -> FlatIds:
         """Token ids of some texts.
 
         Raises:
@@ -92,13 +85,13 @@ class FastEncoder:
         """
         if texts and next(self._calls) % COMPARED_CALLS == 0:
             start = [texts[0][:COMPARED_CHARS]]
-            if self._flat(start).lists() != self._plainly(start):
+            if self._flat(start).lists() != self._by_library(start):
                 raise UserError(
                     f"the package fastokens encodes {start[0][:40]!r} differently from the tokenizer's own library: "
                     "uninstall it (pip uninstall fastokens), delete the shards that it made, and run the command again"
                 )
         return self._flat(texts)
 
-    def _flat(self, texts: list[str]) -> Flat:
+    def _flat(self, texts: list[str]) -> FlatIds:
         ids, offsets = self._inner.encode_batch_flat(texts, split_special_tokens=True)
-        return Flat(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64))
+        return FlatIds(np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.uint64)[1:].astype(np.int64))
