@@ -10,14 +10,16 @@ if TYPE_CHECKING:
     from monet_train.checkpoints.load import load_pretrained
     from monet_train.interop.export import save_pretrained
     from monet_train.model.config import MonetConfig
+    from monet_train.model.mask import ExpertSet
     from monet_train.model.transformer import MonetForCausalLM
 
-__all__ = ["MonetConfig", "MonetForCausalLM", "load_pretrained", "save_pretrained"]
+__all__ = ["ExpertSet", "MonetConfig", "MonetForCausalLM", "load_pretrained", "save_pretrained"]
 
 # Megatron-core warns at import that optional GPU packages are absent; nothing here uses them.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 _HOMES = {
+    "ExpertSet": "monet_train.model.mask",
     "MonetConfig": "monet_train.model.config",
     "MonetForCausalLM": "monet_train.model.transformer",
     "load_pretrained": "monet_train.checkpoints.load",

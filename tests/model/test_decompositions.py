@@ -105,12 +105,14 @@ def layer_of(form: str, collectives: Collectives = ALONE) -> Experts:
 def expert(layer: Experts, i: int, j: int, x: Tensor) -> Tensor:
     """Expert (i, j) applied to tokens [T, d], from the formulas of the paper (and of the toy)."""
 
+    experts = len(layer.get_parameter(layer.biases[0]))
+
     def hidden(projection: nn.Linear, half: int) -> Tensor:
-        weight, bias = projection.weight.unflatten(0, (EXPERTS, -1)), projection.bias.unflatten(0, (EXPERTS, -1))
+        weight, bias = projection.weight.unflatten(0, (experts, -1)), projection.bias.unflatten(0, (experts, -1))
         return relu_squared(x @ weight[half].t() + bias[half])
 
     def out(projection: nn.Linear, half: int, units: Tensor) -> Tensor:
-        return units @ projection.weight.unflatten(1, (EXPERTS, -1))[:, half].t()
+        return units @ projection.weight.unflatten(1, (experts, -1))[:, half].t()
 
     if isinstance(layer, AdditiveExperts):
         a, c = hidden(layer.u1, i), hidden(layer.u2, j)
