@@ -28,5 +28,6 @@ def test_utilisation() -> None:
     assert record["mfu"] is record["hfu"] is None
     record["router/2/active"] = [0.0, 0.0]
     Utilisation(config, 64, work, peak_flops=None).on_step(None, record)
-    fewer = 2 * 3 * (ForwardFlops.of(config, 64).up * 2 + ForwardFlops.of(config, 64).mixing)
+    experts = ForwardFlops.of(config, 64).experts
+    fewer = 2 * 3 * sum(experts.up + experts.down + experts.mixing)
     assert dense - share - record["flops_per_token"] > fewer  # both layers of that router do less
