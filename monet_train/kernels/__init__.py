@@ -11,11 +11,12 @@ from monet_train.kernels.backend import (
     vertical_experts,
 )
 from monet_train.kernels.compact import CompactGates
-from monet_train.kernels.gates import DenseGates, Gates
+from monet_train.kernels.gates import ActivePairs, DenseGates, Gates
 
 __all__ = [
     "AUTO",
     "IMPLEMENTATIONS",
+    "ActivePairs",
     "CompactGates",
     "DenseGates",
     "Gates",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from monet_train.kernels import plain
+from monet_train.kernels.gates import ActivePairs
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Layout:
     row_start: Tensor  # int32 [T + 1]: first entry of a token in row_pair
     row_pair: Tensor  # int32 [pairs]: pairs of a token, by ascending half-expert
     experts: int
+
+    def half_expert(self) -> Tensor:
+        """Half-expert of each pair, int64 [pairs]."""
+        experts = torch.arange(self.experts, device=self.token.device)
+        blocks = (len(self.group_start) - 1) // self.experts
+        return experts.repeat(blocks).repeat_interleave(self.group_start.diff(), output_size=len(self.token))
 
     def tensors(self) -> list[Tensor]:
         """The index tensors, in the order that the native operations expect."""
@@ -47,6 +54,9 @@ class CompactGates:
 
     def dense(self) -> Tensor:
         return _Dense.apply(self.values, self.layout)
+
+    def active_pairs(self) -> ActivePairs:
+        return ActivePairs(self.layout.token.long(), self.layout.half_expert(), self.values)
 
     def total(self) -> Tensor:
         return _Total.apply(self.values, self.layout)

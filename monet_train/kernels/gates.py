@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor
+
+
+class ActivePairs(NamedTuple):
+    """The (token, half-expert) pairs of one side whose gate is not 0 in at least one head, in no particular order."""
+
+    token: Tensor  # int64 [pairs]
+    half_expert: Tensor  # int64 [pairs]
+    values: Tensor  # [pairs, H], differentiable: the gates of the pair, 0 in heads that leave it out
 
 
 class Gates(Protocol):
@@ -14,6 +22,10 @@ class Gates(Protocol):
 
     def dense(self) -> Tensor:
         """All gates, [T, H, E]."""
+        ...
+
+    def active_pairs(self) -> ActivePairs:
+        """The gates that are not 0: about k per token and head, of E."""
         ...
 
     def total(self) -> Tensor:
@@ -41,6 +53,10 @@ class DenseGates:
 
     def dense(self) -> Tensor:
         return self.values
+
+    def active_pairs(self) -> ActivePairs:
+        token, half_expert = (self.values != 0).any(1).nonzero().unbind(1)
+        return ActivePairs(token, half_expert, self.values[token, :, half_expert])
 
     def total(self) -> Tensor:
         return self.values.sum(0)

@@ -30,23 +30,23 @@ class GateSums:
     active: Tensor  # [2], active (token, half-expert) pairs of each side
 
     @classmethod
-    def of(cls, g1: Gates, g2: Gates) -> GateSums:
+    def from_gates(cls, g1: Gates, g2: Gates) -> GateSums:
         """Sum both sides of a router."""
         active = torch.stack([g1.active(), g2.active()])
         return cls(g1.total(), g2.total(), g1.largest_total(), g2.largest_total(), active)
 
 
 @dataclass(frozen=True)
-class RouterReport:
+class RouterMetrics:
     """What one router did in one micro-step, over all ranks that share it."""
 
     uniformity: Tensor  # scalar, differentiable
     ambiguity: Tensor  # scalar, differentiable
     mean_gates: Tensor  # [2, H, E], detached
-    active: Tensor  # [2], active half-experts a token, detached
+    active: Tensor  # [2], active half-experts per token, detached
 
 
-def report(sums: GateSums, tokens: int, sum_over_batch: Callable[[Tensor], Tensor]) -> RouterReport:
+def router_metrics(sums: GateSums, tokens: int, sum_over_batch: Callable[[Tensor], Tensor]) -> RouterMetrics:
     """Auxiliary losses and statistics of a router.
 
     Args:
@@ -67,7 +67,7 @@ def report(sums: GateSums, tokens: int, sum_over_batch: Callable[[Tensor], Tenso
         everyone, everyones_largest, active = shared.split([local.numel(), local_largest.numel(), 2])
     mean = local + (everyone.view_as(local) - local).detach()
     mean_largest = local_largest + (everyones_largest.view_as(local_largest) - local_largest).detach()
-    return RouterReport(
+    return RouterMetrics(
         uniformity=-mean.clamp_min(MEAN_GATE_FLOOR).log().sum() / (2 * heads * experts),
         ambiguity=(1 - mean_largest).sum() / (2 * heads),
         mean_gates=mean.detach(),

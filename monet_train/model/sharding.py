@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
-    gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
@@ -69,6 +70,21 @@ class _Row(RowParallelLinear):
         return super().forward(input_)[0]
 
 
+class _Gather(torch.autograd.Function):
+    """Parts of the last dimension, one on each rank, as the whole on every rank. Megatron's asks for a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor, None]:  # every rank has the same loss of the whole
+        return dwhole.chunk(ctx.group.size(), -1)[ctx.group.rank()].contiguous(), None
+
+
 def build_model(
     config: MonetConfig, topology: Topology, device: torch.device, *, seed: int, kernels: Kernels, recompute: bool
 ) -> MonetForCausalLM:
@@ -109,7 +125,7 @@ def collectives_of(topology: Topology) -> Collectives:
         column=partial(_Column, **shared, bias=False),
         row=partial(_Row, **shared, bias=False, input_is_parallel=True, skip_bias_add=False),
         cross_entropy=vocab_parallel_cross_entropy,
-        gather_logits=partial(gather_from_tensor_model_parallel_region, group=group),
+        gather_logits=lambda logits: _Gather.apply(logits, group),
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from monet_train.errors import UserError
 from monet_train.kernels import AUTO, Gates, Kernels
 from monet_train.model.attention import Attention, AttentionContext, KVCache, attention_mask
-from monet_train.model.auxiliary import GateSums, RouterReport, report
+from monet_train.model.auxiliary import GateSums, RouterMetrics, router_metrics
 from monet_train.model.config import MonetConfig
 from monet_train.model.experts import Experts, decomposition
 from monet_train.model.rotary import rotary_tables
@@ -27,15 +27,28 @@ IGNORED = -100  # target of a position that has no next token
 
 @dataclass
 class MonetOutput:
-    """What a forward pass returns."""
+    """What a forward pass returns.
+
+    ``gates`` are for reading experts at any size: :meth:`Gates.active_pairs` gives the few (token, half-expert) pairs
+    that are active, with their gates; :meth:`Gates.dense` the same numbers as ``router_probs``, [T, H, E]. Token t is
+    position t % S of sequence t // S. The score of expert (i, j) for a token is Σ_h g1_hi g2_hj. Both are those of
+    the router, before any mask, and the same on every tensor-parallel rank. For the scores of the experts that one
+    token uses::
+
+        g1, g2 = model(ids, output_gates=True).gates[0]    # of the first routing group
+        one, two = g1.active_pairs(), g2.active_pairs()
+        of1, of2 = one.token == t, two.token == t
+        scores = one.values[of1] @ two.values[of2].T       # of experts (one.half_expert[of1], two.half_expert[of2])
+    """
 
     logits: Tensor | None  # [B, S, V]; None when keep_logits=False
     loss: Tensor | None  # loss_sum / targets; 0 where there is no counted target
     loss_sum: Tensor | None  # next-token cross-entropy, summed over the counted targets; a differentiable scalar
     targets: Tensor | None  # how many targets are counted, an int64 scalar; those of -100 are not
-    router_probs: list[tuple[Tensor, Tensor] | None] | None  # a layer: (g1, g2) [B, S, H, E], None without router
+    router_probs: list[tuple[Tensor, Tensor] | None] | None  # by layer: (g1, g2) [B, S, H, E], None without router
+    gates: list[tuple[Gates, Gates]] | None  # by routing group: the same as (g1, g2) over T = B * S tokens, compact
     hidden_states: list[Tensor] | None  # the embeddings, then each layer's output; the last one is normalised
-    routers: list[RouterReport]  # one a router, in training mode
+    routers: list[RouterMetrics]  # by routing group, in training mode
 
     @property
     def uniformity(self) -> Tensor:
@@ -87,15 +100,17 @@ class MonetModel(nn.Module):
 class RoutingGroup:
     """One forward pass through the layers that share a router."""
 
-    def __init__(self, layers: list[MonetLayer], context: AttentionContext, keep_states: bool) -> None:
+    def __init__(
+        self, layers: list[MonetLayer], context: AttentionContext, keep_gates: bool, keep_states: bool
+    ) -> None:
         self.layers = layers
         router = layers[0].router
         assert router is not None
         self.masks = router.mask.factors  # by layer; a recomputation takes them too, whatever was set meanwhile
         self.context = context
-        self.keep_states = keep_states
+        self.keep_gates, self.keep_states = keep_gates, keep_states
         self.statistics: BatchStatistics | None = None  # of the first pass; a recomputation reuses them
-        self.gates: tuple[Gates, Gates] | None = None
+        self.gates: list[tuple[Gates, Gates]] = []  # one entry if they are kept
         self.states: list[Tensor] = []
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -112,11 +127,13 @@ class RoutingGroup:
                 routing = layer.moe.routing(g1, g2, mask)
             hidden = hidden + layer.moe(tokens, routing).view_as(x)
             states.append(hidden)
+        if self.keep_gates:
+            self.gates = [(g1, g2)]
         if self.keep_states:
-            self.gates, self.states = (g1, g2), states
+            self.states = states
         if self.statistics is None:
             return (hidden,)
-        sums = GateSums.of(g1, g2)
+        sums = GateSums.from_gates(g1, g2)
         return hidden, sums.total1, sums.total2, sums.largest1, sums.largest2, sums.active
 
 
@@ -158,10 +175,14 @@ class MonetForCausalLM(nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | None = None,
         output_router_probs: bool = False,
+        output_gates: bool = False,
         output_hidden_states: bool = False,
         keep_logits: bool = True,
     ) -> MonetOutput:
         """Run the model.
+
+        In training every position enters the routers' statistics and the auxiliary losses, whether or not its target is
+        counted.
 
         Args:
             input_ids: [B, S].
@@ -170,7 +191,7 @@ class MonetForCausalLM(nn.Module):
             positions: [B, S], default 0, 1, ... after the cached tokens.
             segments: [B, S] document numbers; a token attends only within its own.
             cache: keys and values of earlier tokens; the new ones are appended.
-            output_router_probs, output_hidden_states: fill these fields of the output.
+            output_router_probs, output_gates, output_hidden_states: fill these fields of the output.
             keep_logits: False saves their memory when only the loss is wanted.
         """
         config = self.config
@@ -185,22 +206,19 @@ class MonetForCausalLM(nn.Module):
 
         hidden = self.model.embed_tokens(input_ids)
         states = [hidden]
-        router_probs: list[tuple[Tensor, Tensor] | None] = []
-        reports = []
+        gates: list[tuple[Gates, Gates]] = []
+        metrics = []
         for layers, router in zip(self.model.groups(), self.model.routers(), strict=True):
-            group = RoutingGroup(layers, context, keep_states=output_hidden_states or output_router_probs)
+            group = RoutingGroup(layers, context, output_gates or output_router_probs, output_hidden_states)
             if self.recompute and torch.is_grad_enabled():
                 hidden, *sums = checkpoint(group, hidden, use_reentrant=False)
             else:
                 hidden, *sums = group(hidden)
             if group.statistics is not None:
                 router.update_statistics(group.statistics)
-                reports.append(report(GateSums(*sums), input_ids.numel(), self.collectives.sum_over_batch))
+                metrics.append(router_metrics(GateSums(*sums), input_ids.numel(), self.collectives.sum_over_batch))
             states += group.states
-            if output_router_probs and group.gates is not None:
-                batch = input_ids.shape
-                first, second = (g.dense().unflatten(0, batch) for g in group.gates)
-                router_probs += [(first, second), *[None] * (len(layers) - 1)]
+            gates += group.gates
         hidden = self.model.norm(hidden)
         states[-1] = hidden
 
@@ -214,9 +232,10 @@ class MonetForCausalLM(nn.Module):
             loss=loss,
             loss_sum=loss_sum,
             targets=counted,
-            router_probs=router_probs if output_router_probs else None,
+            router_probs=self._router_probs(gates, input_ids.shape) if output_router_probs else None,
+            gates=gates if output_gates else None,
             hidden_states=states if output_hidden_states else None,
-            routers=reports,
+            routers=metrics,
         )
 
     @property
@@ -279,6 +298,12 @@ class MonetForCausalLM(nn.Module):
         if isinstance(layer, bool) or not isinstance(layer, int) or layer not in layers:
             raise UserError(f"layer={layer!r} is not in routing group {group}; use one of {layers[0]} to {layers[-1]}")
         return layer - first
+
+    def _router_probs(self, gates: list[tuple[Gates, Gates]], batch: torch.Size) -> list[tuple[Tensor, Tensor] | None]:
+        by_layer: list[tuple[Tensor, Tensor] | None] = [None] * self.config.num_hidden_layers
+        for layer, (g1, g2) in zip(self.config.router_layers, gates, strict=True):
+            by_layer[layer] = g1.dense().unflatten(0, batch), g2.dense().unflatten(0, batch)
+        return by_layer
 
     def _sum_losses(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the counted targets, and their number."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from monet_train.kernels import DenseGates
-from monet_train.model.auxiliary import MEAN_GATE_FLOOR, GateSums, report
+from monet_train.model.auxiliary import MEAN_GATE_FLOOR, GateSums, router_metrics
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 from tests.model.conftest import tokens
@@ -39,8 +39,8 @@ def ambiguity(g1: Tensor, g2: Tensor) -> Tensor:
 
 
 def reported(g1: Tensor, g2: Tensor, ranks: int = 1) -> tuple[Tensor, Tensor]:
-    sums = GateSums.of(DenseGates(g1), DenseGates(g2))
-    out = report(sums, TOKENS, lambda tensor: tensor * ranks)  # as if every rank had these tokens
+    sums = GateSums.from_gates(DenseGates(g1), DenseGates(g2))
+    out = router_metrics(sums, TOKENS, lambda tensor: tensor * ranks)  # as if every rank had these tokens
     return out.uniformity, out.ambiguity
 
 

@@ -6,12 +6,19 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from monet_train import ExpertSet
+from monet_train.checkpoints.weights import read_config, read_weights
 from monet_train.config.compose import compose
-from monet_train.parallel.launch import read_launch
+from monet_train.kernels import AUTO
+from monet_train.model.parameters import local_shard
+from monet_train.model.sharding import build_model
+from monet_train.parallel.groups import Topology
+from monet_train.parallel.launch import read_launch, start_process_group, stop_process_group
 from monet_train.train import main
 from monet_train.training.callbacks.base import Callback
 from monet_train.training.setup import build_trainer
@@ -61,3 +68,24 @@ def monet_train(overrides: list[str]) -> None:
     """The command with these arguments."""
     sys.argv = ["monet-train", *overrides]
     main()
+
+
+def save_outputs(checkpoint: Path, experts: Path, folder: Path) -> None:
+    """As one of two tensor-parallel ranks: what a checkpoint with masked experts outputs, to ``rank_N.pt``."""
+    launch, device = read_launch(), torch.device("cpu")
+    start_process_group(launch, device)
+    topology = Topology(launch.world_size)
+    config = read_config(checkpoint)
+    model = build_model(config, topology, device, seed=0, kernels=AUTO, recompute=False).eval()
+    whole = read_weights(checkpoint)
+    shards = {name: local_shard(name, tensor, config, launch.rank, launch.world_size) for name, tensor in whole.items()}
+    model.load_state_dict(shards)
+    ExpertSet.load(experts).apply(model)
+    out = model(torch.arange(24).view(2, 12), output_gates=True)
+    assert out.gates is not None and out.logits is not None
+    out.logits.square().mean().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gates = [side.dense().detach() for sides in out.gates for side in sides]
+    outputs = {"logits": out.logits.detach(), "gates": gates, "gradients": gradients}
+    torch.save(outputs, folder / f"rank_{launch.rank}.pt")
+    stop_process_group()
