@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json, SentencePiece model or folder (the checkpoint's own)"
     )
+    parser.add_argument("--experts", type=Path, help="expert set to mask: a file that ExpertSet.save wrote (none)")
     arguments = parser.parse_args()
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
@@ -148,7 +149,7 @@ def main() -> None:
     (prompt,) = tokenizer.encode([arguments.prompt])
     if not prompt:
         raise UserError("--prompt is empty; give the beginning of a text")
-    model = load_pretrained(folder, dtype=DTYPES.get(arguments.dtype), device=device)
+    model = load_pretrained(folder, dtype=DTYPES.get(arguments.dtype), device=device, experts=arguments.experts)
     model.store_for_decoding()
     if len(prompt) >= model.config.max_position_embeddings:
         raise UserError(

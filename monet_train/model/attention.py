@@ -15,7 +15,7 @@ from monet_train.parallel.collectives import Collectives
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens already seen, one pair [B, kv heads, S, head dim] a layer."""
+    """Keys and values of the tokens already seen, one pair [B, kv heads, S, head dim] per layer."""
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ class MonetConfig:
     """Architecture of a Monet (paper sections 3.2 to 3.4; defaults are the published 850M).
 
     Names follow the published ``config.json``, so that ``MonetConfig.from_dict(json)`` reads it unchanged.
-    A layer has ``moe_experts`` half-experts a side, that is ``moe_experts**2`` experts of ``moe_dim`` units.
+    A layer has ``moe_experts`` half-experts per side, that is ``moe_experts**2`` experts of ``moe_dim`` units.
     """
 
     vocab_size: int = at_least(1, default=32000)

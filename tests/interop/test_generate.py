@@ -9,9 +9,11 @@ import torch
 from sentencepiece import SentencePieceTrainer
 from torch import Tensor
 
+from monet_train import ExpertSet
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
 from monet_train.interop.generate import Sampling, generate_tokens, main, stream_text
+from monet_train.model.identity import identify
 from monet_train.tokenizers import load_tokenizer
 from tests.support import GOLDEN
 
@@ -115,6 +117,20 @@ def test_command_continues_the_prompt(
     assert all(one != other for one, other in itertools.combinations(outputs[1:], 2))
 
 
+def test_command_masks_experts(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = ExpertSet(identify(load_pretrained(run)), {}).inverted()
+    outputs = []
+    for factor in (1.0, 0.0):
+        file = everything.with_factor(factor).save(tmp_path / "all.experts.safetensors")
+        options = ["--prompt", "def test", "--temperature", "0", "--max-new-tokens", "12"]
+        for arguments in (options, [*options, "--experts", file]):
+            assert run_command(monkeypatch, run, *arguments) == 0
+            outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2] != outputs[3]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -125,6 +141,7 @@ def test_command_continues_the_prompt(
         (["--prompt", "a", "--top-k", "-2"], "--top-k -2 must not be negative"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--prompt", "a", "--tokenizer", "absent.model"], "absent.model is not a file"),
+        (["--prompt", "a", "--experts", "absent.safetensors"], "absent.safetensors is not a file"),
     ],
 )
 def test_command_refuses_in_one_line(
