@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,17 +61,23 @@ class Parsed(NamedTuple):
     filtered: dict[str, int]
 
 
-def read_chunks(part: Part) -> Iterator[Chunk]:
-    """Cut a part into chunks of about CHUNK_BYTES.
+def read_chunks(part: Part, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """Cut a part into chunks of about ``chunk_bytes``, or of ROWS_PER_CHUNK.
 
     Raises:
         UserError: the part cannot be read to its end.
     """
-    readers = {"jsonl": _read_lines, "txt": _read_txt, "parquet": _read_parquet, "files": _read_files, "hub": _read_hub}
+    readers: dict[str, Callable[[Part, int], Iterator[Chunk]]] = {
+        "jsonl": _read_lines,
+        "txt": _read_txt,
+        "files": _read_files,
+        "parquet": lambda part, _: _read_parquet(part),
+        "hub": lambda part, _: _read_hub(part),
+    }
     try:
         if not part.size and part.path.endswith(COMPRESSIONS) and not is_remote(part.path):
             raise EOFError("it is empty")  # what compresses nothing has some bytes
-        yield from readers[part.kind](part)
+        yield from readers[part.kind](part, chunk_bytes)
     except READ_ERRORS as error:
         raise unreadable(part.path, error) from None
 
@@ -210,12 +216,12 @@ def _read_file(entry: FileEntry) -> bytes:
         raise unreadable(entry.path, error) from None
 
 
-def _read_lines(part: Part) -> Iterator[Chunk]:
-    """Whole lines, about CHUNK_BYTES at a time; a line beyond ENORMOUS_BYTES is skipped and named."""
+def _read_lines(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
+    """Whole lines, about ``chunk_bytes`` at a time; a line beyond ENORMOUS_BYTES is skipped and named."""
     begun: list[bytes] = []  # a line whose end was not read yet
     first, told, skipping = 1, 0, False
     with open_raw(part.path) as raw, decompress(raw, part.path) as stream:
-        while block := stream.read(CHUNK_BYTES):
+        while block := stream.read(chunk_bytes):
             position = raw.tell()
             if skipping:
                 end = block.find(b"\n")
@@ -237,21 +243,22 @@ def _read_lines(part: Part) -> Iterator[Chunk]:
             yield Chunk(part, first, b"".join(begun), raw.tell() - told)
 
 
-def _read_txt(part: Part) -> Iterator[Chunk]:
+def _read_txt(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
     if part.source.txt == "line":
-        yield from _read_lines(part)
+        yield from _read_lines(part, chunk_bytes)
     else:
-        yield from _read_files(Part("files", part.source, part.path, part.size, (FileEntry(part.path, ()),)))
+        whole = Part("files", part.source, part.path, part.size, (FileEntry(part.path, ()),))
+        yield from _read_files(whole, chunk_bytes)
 
 
-def _read_files(part: Part) -> Iterator[Chunk]:
+def _read_files(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
     group: list[FileEntry] = []
     size = 0
     for number, entry in enumerate(part.files):
         group.append(entry)
         path = Path(entry.path)
         size += path.stat().st_size if path.exists() else 0
-        if size >= CHUNK_BYTES or number == len(part.files) - 1:
+        if size >= chunk_bytes or number == len(part.files) - 1:
             yield Chunk(dataclasses.replace(part, files=()), 1, tuple(group), size)
             group, size = [], 0
 

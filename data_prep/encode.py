@@ -76,12 +76,13 @@ class Encoder:
     anything that starts threads.
     """
 
-    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, workers: int, slot_bytes: int = SLOT_BYTES) -> None:
+        """``slot_bytes`` of shared memory serve each chunk that is at work."""
         self.tokenizer = tokenizer
         self._ahead = CHUNKS_AHEAD * workers
         self._pool = None
         if workers > 1:
-            self._slots = _Slots(self._ahead)
+            self._slots = _Slots(self._ahead, slot_bytes)
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(tokenizer, self._slots))
             self._pool.submit(os.getpid)  # the first task forks all processes
@@ -132,21 +133,22 @@ class _Slots:
     Through pipes the same bytes would cost 4% of a worker's time. What is no bytes or too large goes by pipe.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, slot_bytes: int) -> None:
+        self._slot_bytes = slot_bytes
         try:
-            self._memory = memoryview(mmap.mmap(-1, count * SLOT_BYTES))
+            self._memory = memoryview(mmap.mmap(-1, count * slot_bytes))
         except OSError as error:
             raise UserError(
                 f"no shared memory for {count // CHUNKS_AHEAD} workers ({error.strerror}): give fewer --workers"
             ) from None
 
     def _slot(self, slot: int, size: int) -> memoryview:
-        return self._memory[slot * SLOT_BYTES : slot * SLOT_BYTES + size]
+        return self._memory[slot * self._slot_bytes : slot * self._slot_bytes + size]
 
     def fill(self, slot: int, chunk: Chunk) -> Chunk:
         """Lay a chunk's lines into a slot, if they fit; the chunk to send."""
         data = chunk.payload
-        if not isinstance(data, bytes) or len(data) > SLOT_BYTES:
+        if not isinstance(data, bytes) or len(data) > self._slot_bytes:
             return chunk
         self._slot(slot, len(data))[:] = data
         return chunk._replace(payload=Stored(len(data)))
@@ -160,7 +162,7 @@ class _Slots:
     def keep(self, slot: int, encoded: Encoded) -> Encoded:
         """Lay the tokens into the slot of their chunk, if they fit; what is left to send."""
         tokens = encoded.tokens
-        if tokens.nbytes > SLOT_BYTES:
+        if tokens.nbytes > self._slot_bytes:
             return encoded
         self._slot(slot, tokens.nbytes)[:] = tokens.view(np.uint8).data
         return encoded._replace(tokens=tokens[:0])

@@ -13,7 +13,7 @@ from monet_train.data.index_file import REBUILD
 from monet_train.data.manifest import ShardRecord
 from monet_train.errors import UserError
 
-AT_ONCE = 1 << 24  # hashes held at once; more documents take more passes over the labels
+AT_ONCE = 1 << 24
 LOOKED_UP = 1000  # repeated hashes of a pass whose ids are compared as text
 SHOWN = 80  # characters of an id in the error
 
@@ -32,13 +32,16 @@ class Duplicates(NamedTuple):
         return f"document id {name!r} stands twice, in {' and '.join(self.places)}{more}"
 
 
-def find_duplicates(folder: Path, shards: list[ShardRecord]) -> Duplicates | None:
+def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_ONCE) -> Duplicates | None:
     """Compare the ids of all documents of some shards; those that were prepared without ids do not count.
+
+    Args:
+        at_once: hashes held at once; more documents take more passes over the labels.
 
     Raises:
         UserError: the labels of a shard cannot be read.
     """
-    passes = 1 + sum(shard.documents for shard in shards) // AT_ONCE
+    passes = 1 + sum(shard.documents for shard in shards) // at_once
     repeats, first = 0, None
     for number in range(passes):
         mine = [named.hashes[named.hashes % passes == number] for named in _named(folder, shards)]

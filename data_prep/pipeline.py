@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.documents import Chunk, read_chunks
-from data_prep.encode import Encoded, Encoder
+from data_prep.documents import CHUNK_BYTES, Chunk, read_chunks
+from data_prep.encode import SLOT_BYTES, Encoded, Encoder
 from data_prep.journal import Totals
 from data_prep.recipe import Recipe
 from data_prep.shard_writer import ShardWriter
@@ -34,6 +34,8 @@ class ShardOptions:
     max_bad_share: float = 0.01  # of all documents read
     task: int = 0
     tasks: int = 1
+    chunk_bytes: int = CHUNK_BYTES  # of text, read at once; the same in every run over a folder
+    slot_bytes: int = SLOT_BYTES  # of shared memory for each chunk at work
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _encoded(plan: Plan, encoder: Encoder, start: Position, parts_end: int) -> I
 
     def chunks() -> Iterator[Chunk]:
         for part in parts:
-            for number, chunk in enumerate(read_chunks(plan.parts[part])):
+            for number, chunk in enumerate(read_chunks(plan.parts[part], plan.options.chunk_bytes)):
                 if part == start.part and number < start.chunk:
                     progress.update(chunk.read_bytes)
                     continue

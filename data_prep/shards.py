@@ -25,12 +25,21 @@ from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer, load_tokenizer
 from monet_train.tokenizers.files import remove_tokenizer
 
-TASKS_BEGIN_SECONDS = 60  # in which the tasks of an array have begun, one after the other
+TASKS_START_SECONDS = 60  # in which the tasks of an array have started, one after the other
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
 
 
-def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOptions) -> Manifest | None:
+def prepare(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    folder: Path,
+    options: ShardOptions,
+    wait_seconds: float = TASKS_START_SECONDS,
+) -> Manifest | None:
     """Make the shards that are not there yet; with one task the manifest too (None with several: see ``merge``).
+
+    Args:
+        wait_seconds: how long a task waits for its turn while others start in the same folder.
 
     Raises:
         UserError: the folder belongs to another corpus, a source cannot be read, too many documents are bad,
@@ -40,13 +49,13 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, folder: Path, options: ShardOp
         raise UserError("--max-documents and --max-bytes bound the whole corpus and cannot be used with --tasks")
     if not 0 <= options.task < options.tasks:
         raise UserError(f"--task {options.task}: with --tasks {options.tasks} give 0 to {options.tasks - 1}")
-    with Encoder(tokenizer, options.workers) as encoder:
+    with Encoder(tokenizer, options.workers, options.slot_bytes) as encoder:
         plan = Plan(recipe, list_parts(recipe, outside=folder), tokenizer, options)
         with ExitStack() as locks:
             try:
                 if options.tasks > 1:
                     locks.enter_context(exclusive(folder, f"{LOCK_NAME}{_task_suffix(options)}"))
-                    with exclusive(folder, wait_seconds=TASKS_BEGIN_SECONDS):  # not beside a run of all tasks
+                    with exclusive(folder, wait_seconds=wait_seconds):  # not beside a run of all tasks
                         journal = _begin(plan, folder)
                 else:
                     locks.enter_context(exclusive(folder))

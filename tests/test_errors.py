@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 
 COMMANDS = [
     ("monet_train.train --help", ""),

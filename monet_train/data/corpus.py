@@ -30,7 +30,7 @@ from monet_train.typed import check_bounds
 if TYPE_CHECKING:
     from monet_train.config.schema import DataSection
 
-BLEND_PERIOD = 1 << 16  # weights are kept to 1/65536
+BLEND_PERIOD = 1 << 16
 SPLIT_BLOCK = 1 << 20  # documents hashed at once
 
 
@@ -92,6 +92,7 @@ def open_corpus(
     train_sequences: int,
     valid_sequences: int,
     cache_dir: Path,
+    cache_from_documents: int = CACHE_FROM_DOCUMENTS,
 ) -> Corpus:
     """Open the shards of ``config.path``. No collective operation: every rank may call it, or one alone.
 
@@ -104,13 +105,14 @@ def open_corpus(
         train_sequences: the length to give ``train``; does not change the order.
         valid_sequences: how many held-out sequences are wanted at most; 0 for none.
         cache_dir: for the index cache if neither ``config.cache_dir`` is set nor the shard folder writable.
+        cache_from_documents: indices over fewer documents are built in memory.
 
     Raises:
         UserError: as ``check_shards``, or the corpus is too small for one sequence.
     """
     sets = _open_sets(config, vocab_size)
     pools = [[shard_set] for shard_set in sets] if config.weights else [sets]
-    cache = IndexCache(_cache_folder(config, sets[0], cache_dir))
+    cache = IndexCache(_cache_folder(config, sets[0], cache_dir), cache_from_documents)
     splits = [_Split(pool, vocab_size, config.validation_fraction, cache) for pool in pools]
 
     def packed(number: int, held_out: bool, length: int) -> PackedSequences:
@@ -198,19 +200,23 @@ def _too_short(
 class Blend(torch.utils.data.Dataset[TokenSequence]):
     """Sequences of several datasets in the ratio of ``weights``, spread evenly (Megatron's blending, periodic)."""
 
-    def __init__(self, parts: list[PackedSequences], weights: list[float], length: int) -> None:
+    def __init__(
+        self, parts: list[PackedSequences], weights: list[float], length: int, period: int = BLEND_PERIOD
+    ) -> None:
+        """``weights`` are kept to 1/``period``."""
         self.parts = parts
         self._length = length
-        self._shares = _shares(weights)
-        self._part = np.zeros(BLEND_PERIOD, dtype=np.int16)
-        self._index = np.zeros(BLEND_PERIOD, dtype=np.int64)
+        self._period = period
+        self._shares = _shares(weights, period)
+        self._part = np.zeros(period, dtype=np.int16)
+        self._index = np.zeros(period, dtype=np.int64)
         helpers.build_exhaustive_blending_indices(self._part, self._index, self._shares, len(parts))
 
     def __len__(self) -> int:
         return self._length
 
     def _place(self, index: int) -> tuple[PackedSequences, int]:
-        period, place = divmod(int(index), BLEND_PERIOD)
+        period, place = divmod(int(index), self._period)
         part = int(self._part[place])
         return self.parts[part], int(period * self._shares[part] + self._index[place])
 
@@ -225,19 +231,19 @@ class Blend(torch.utils.data.Dataset[TokenSequence]):
 
     def counts(self) -> list[int]:
         """How many of the first ``len(self)`` sequences come from each part."""
-        periods, rest = divmod(self._length, BLEND_PERIOD)
+        periods, rest = divmod(self._length, self._period)
         return (periods * self._shares + np.bincount(self._part[:rest], minlength=len(self.parts))).tolist()
 
 
-def _shares(weights: list[float]) -> np.ndarray:
-    """Whole numbers in the ratio of the weights that add up to BLEND_PERIOD (largest remainders), int64 [n]."""
-    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * BLEND_PERIOD
+def _shares(weights: list[float], period: int) -> np.ndarray:
+    """Whole numbers in the ratio of the weights that add up to ``period`` (largest remainders), int64 [n]."""
+    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * period
     shares = np.maximum(np.floor(exact), 1).astype(np.int64)
     for number in np.argsort(np.floor(exact) - exact, kind="stable"):
-        if shares.sum() >= BLEND_PERIOD:
+        if shares.sum() >= period:
             break
         shares[number] += 1
-    shares[np.argmax(shares)] -= shares.sum() - BLEND_PERIOD
+    shares[np.argmax(shares)] -= shares.sum() - period
     return shares
 
 
@@ -257,8 +263,10 @@ class _Split:
         self._whole = sum(s.header.documents for s in shards) == len(self.store)
         if len(self.store) == 0:
             raise UserError(f"data.path: the shards in {pool[0].path} hold no document: prepare some text first")
-        small = len(self.store) < CACHE_FROM_DOCUMENTS
-        self.facts: dict[str, int] = self._count() if small else cache.load_facts(f"{self.identity} split", self._count)
+        cached = cache.is_worthwhile(len(self.store))
+        self.facts: dict[str, int] = (
+            cache.load_facts(f"{self.identity} split", self._count) if cached else self._count()
+        )
 
     def documents(self, held_out: bool) -> np.ndarray:
         """Numbers of the training or the held-out documents, int64, ascending."""

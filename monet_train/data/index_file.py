@@ -114,34 +114,37 @@ def read_index(prefix: Path) -> Index:
     return Index(lengths.view(np.int32), pointers.view(np.int64), borders.view(np.int64))
 
 
-def check_index(prefix: Path) -> None:
+def check_index(prefix: Path, block: int = CHECKED_AT_ONCE) -> None:
     """Check everything in an index, in one pass: the sequences fill the ``.bin`` one after the other.
+
+    Args:
+        block: sequences checked at once, which bounds the memory.
 
     Raises:
         UserError: as ``read_index_header``; a length is negative, a pointer is not the sum of the lengths before it, or
             the documents' borders do not go up from 0 to the number of sequences.
     """
     index, token_bytes = read_index(prefix), np.dtype(read_index_header(prefix).dtype).itemsize
-    if not (_are_gapless(index, token_bytes) and _are_borders(index.borders, len(index.lengths))):
+    if not (_are_gapless(index, token_bytes, block) and _are_borders(index.borders, len(index.lengths), block)):
         raise UserError(
             f"{prefix}.idx is damaged, its lengths, pointers and borders do not fit together: restore it, or delete it "
             f"and {REBUILD}"
         )
 
 
-def _are_gapless(index: Index, token_bytes: int) -> bool:
+def _are_gapless(index: Index, token_bytes: int, block: int) -> bool:
     end = 0
-    for begin in range(0, len(index.lengths), CHECKED_AT_ONCE):
-        lengths = index.lengths[begin : begin + CHECKED_AT_ONCE]
+    for begin in range(0, len(index.lengths), block):
+        lengths = index.lengths[begin : begin + block]
         ends = np.cumsum(lengths, dtype=np.int64) + end
-        pointers = index.pointers[begin : begin + CHECKED_AT_ONCE]
+        pointers = index.pointers[begin : begin + block]
         if lengths.min() < 0 or (pointers != (ends - lengths) * token_bytes).any():
             return False
         end = int(ends[-1])
     return True
 
 
-def _are_borders(borders: np.ndarray, sequences: int) -> bool:
-    blocks = (borders[begin : begin + CHECKED_AT_ONCE + 1] for begin in range(0, len(borders), CHECKED_AT_ONCE))
+def _are_borders(borders: np.ndarray, sequences: int, block: int) -> bool:
+    blocks = (borders[begin : begin + block + 1] for begin in range(0, len(borders), block))
     ends = borders[[0, -1]].tolist() if len(borders) else []
-    return ends == [0, sequences] and all((block[1:] >= block[:-1]).all() for block in blocks)
+    return ends == [0, sequences] and all((part[1:] >= part[:-1]).all() for part in blocks)

@@ -183,7 +183,7 @@ class PackedSequences(torch.utils.data.Dataset[TokenSequence]):
         def build() -> EpochIndex:
             return build_epoch(self.store.lengths(), self._documents(), self.seq_length, seed)
 
-        if len(self.store) < CACHE_FROM_DOCUMENTS:
+        if not self._cache.is_worthwhile(len(self.store)):
             return build()
         return self._cache.load(f"{self._identity} {self.seq_length} {seed}", build)
 
@@ -229,8 +229,13 @@ class IndexCache:
     locks) at worst do the same work twice; the lock spares them that. One that cannot be read is built again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, from_documents: int = CACHE_FROM_DOCUMENTS) -> None:
         self.folder = folder
+        self._from_documents = from_documents
+
+    def is_worthwhile(self, documents: int) -> bool:
+        """Whether an index over that many documents takes long enough to build."""
+        return documents >= self._from_documents
 
     def load(self, key: str, build: Callable[[], EpochIndex]) -> EpochIndex:
         """The index of ``key``, built if nobody has yet or if what is there is damaged."""

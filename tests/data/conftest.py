@@ -15,13 +15,12 @@ from monet_train.tokenizers import Tokenizer
 
 @pytest.fixture(scope="session")
 def prepare(jsonl: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
-    """Make shards: ``prepare(out, sources=..., tokens_per_shard=..., **source options)`` -> ``out``."""
+    """Make shards: ``prepare(out, sources, **options of ShardOptions and of sources)`` -> ``out``."""
 
-    def make(
-        out: Path, sources: list[str] | None = None, tokens_per_shard: int = 4000, workers: int = 1, **options: object
-    ) -> Path:
+    def make(out: Path, sources: list[str] | None = None, **options: object) -> Path:
+        how = {name: options.pop(name) for name in ShardOptions.__dataclass_fields__ if name in options}
         recipe = recipe_from(sources or [str(jsonl / "*.jsonl")], options, {})
-        prepare_shards(recipe, tokenizer, out, ShardOptions(tokens_per_shard, workers))
+        prepare_shards(recipe, tokenizer, out, ShardOptions(**{"tokens_per_shard": 4000} | how))
         return out
 
     return make

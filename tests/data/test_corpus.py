@@ -21,8 +21,8 @@ from megatron.core.datasets.utils import Split
 
 from monet_train.config.schema import DataSection
 from monet_train.data import packing
-from monet_train.data.corpus import Corpus, check_shards, held_out_mask, open_corpus
-from monet_train.data.index_file import HEADER_BYTES, Index, read_index
+from monet_train.data.corpus import Blend, Corpus, check_shards, held_out_mask, open_corpus
+from monet_train.data.index_file import HEADER_BYTES, Index, check_index, read_index
 from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
 from monet_train.data.megatron import IndexedDataset
@@ -34,7 +34,7 @@ S = 64
 
 def open_(path: object, tmp_path: Path, **changes: object) -> Corpus:
     arguments = {"seq_length": S, "seed": 7, "vocab_size": 400, "train_sequences": 50, "valid_sequences": 8}
-    arguments |= {name: changes.pop(name) for name in list(changes) if name in arguments}
+    arguments |= {name: changes.pop(name) for name in list(changes) if name in {*arguments, "cache_from_documents"}}
     config = dataclasses.replace(DataSection(path=path, validation_fraction=0.1), **changes)
     return open_corpus(config, cache_dir=tmp_path / "cache", **arguments)
 
@@ -221,19 +221,19 @@ def test_labels_that_are_not_there_are_refused(shards: Path, one_shard: Path) ->
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["pool", "blend"])
-def test_a_run_states_its_epochs_exactly(
-    weights: list[float] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counted over the sequences themselves; the blend's count goes over its period."""
-    monkeypatch.setattr("monet_train.data.corpus.BLEND_PERIOD", 256)
+def test_a_run_states_its_epochs_exactly(weights: list[float] | None, tmp_path: Path) -> None:
+    """Counted over the sequences themselves."""
     a = write_megatron(tmp_path / "a", [[[10] * 50] for _ in range(100)])
     b = write_megatron(tmp_path / "b", [[[20] * 50] for _ in range(100)])
     corpus = open_([str(a), str(b)], tmp_path, weights=weights, train_sequences=1001)
     counts = [reading.sequences for reading in corpus.readings]
     assert sum(counts) == 1001
     if weights:
-        drawn = Counter(corpus.train.pieces(i)[0].shard.name for i in range(1001))
-        assert counts == [drawn["a"], drawn["b"]]
+        blends = [corpus.train, *(Blend(corpus.train.parts, weights, 1001, period) for period in (256, 7))]
+        for blend in blends:  # short of its period, and over it
+            drawn = Counter(blend.pieces(i)[0].shard.name for i in range(1001))
+            assert blend.counts() == [drawn["a"], drawn["b"]]
+        assert counts == blends[0].counts()
     else:
         per_epoch = (corpus.train_tokens - 1) // S
         assert str(corpus.readings[0]) == f"{1001 // per_epoch} epochs and {1001 % per_epoch} of {per_epoch} " + (
@@ -245,13 +245,12 @@ def test_a_big_index_is_cached_once_and_read_as_built(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = tokens_of(open_(shards, tmp_path).train, 30)
-    monkeypatch.setattr(packing, "CACHE_FROM_DOCUMENTS", 1)
-    monkeypatch.setattr("monet_train.data.corpus.CACHE_FROM_DOCUMENTS", 1)
-    cache = str(tmp_path / "index")
-    assert torch.equal(tokens_of(open_(shards, tmp_path, cache_dir=cache).train, 30), wanted)
+    cache = tmp_path / "index"
+    cached = {"cache_dir": str(cache), "cache_from_documents": 1}
+    assert torch.equal(tokens_of(open_(shards, tmp_path, **cached).train, 30), wanted)
     monkeypatch.setattr(packing, "build_epoch", lambda *_: pytest.fail("built again"))
-    assert torch.equal(tokens_of(open_(shards, tmp_path, cache_dir=cache).train, 30), wanted)
-    assert not list(Path(cache).glob("*.tmp"))
+    assert torch.equal(tokens_of(open_(shards, tmp_path, **cached).train, 30), wanted)
+    assert list(cache.iterdir()) and not list(cache.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("locks", [True, False], ids=["one node", "no locks"])
@@ -526,16 +525,16 @@ def test_a_shard_that_is_named_twice_is_refused(weights: object, shards: Path, t
     ],
 )
 @pytest.mark.parametrize("block", [4, 1 << 20])
-def test_an_index_with_wrong_contents_is_refused(
-    part: int, item: int, value: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_with_wrong_contents_is_refused(part: int, item: int, value: int, block: int, tmp_path: Path) -> None:
     """Of the right size, with a right last length and pointer: Megatron's reader would take any of them."""
-    monkeypatch.setattr("monet_train.data.index_file.CHECKED_AT_ONCE", block)
     prefix = write_megatron(tmp_path / "a", [[[5] * (40 + i), [], [6] * i] for i in range(100)])
     open_(prefix, tmp_path)
+    check_index(prefix, block)
     index = Index(*(np.array(array) for array in read_index(prefix)))
     index[part][item] = value
     file = Path(f"{prefix}.idx")
     file.write_bytes(file.read_bytes()[:HEADER_BYTES] + b"".join(array.tobytes() for array in index))
+    with pytest.raises(UserError, match=r"a\.idx is damaged.*restore it"):
+        check_index(prefix, block)
     with pytest.raises(UserError, match=r"a\.idx is damaged.*restore it"):
         open_(prefix, tmp_path)

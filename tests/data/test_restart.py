@@ -18,31 +18,30 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.documents
 import data_prep.encode
-import data_prep.ids
 import data_prep.shard_writer
 import data_prep.shards
-from data_prep.__main__ import main
 from data_prep.journal import exclusive
-from data_prep.recipe import Source
+from data_prep.pipeline import ShardOptions
+from data_prep.recipe import Source, recipe_from
 from data_prep.sources import FileEntry, _group
 from data_prep.verify import verify
 from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
+from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
 from tests.support import REPOSITORY
 from tests.support.corpora import text_of
 from tests.support.files import contents
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    jsonl: Path, prepare: Callable[..., Path], tmp_path: Path
+) -> None:
     """Also the rejects file and its counts: every 13th line is bad."""
     lines = [line for name in ("part-0", "part-1") for line in (jsonl / f"{name}.jsonl").read_text().splitlines()]
     source = tmp_path / "mixed.jsonl"
     source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
-    options = ["shards", str(source), "--tokenizer", str(tokenizer.path), "--workers", "1",
-               "--tokens-per-shard", "4000", "--max-bad-share", "0.5", "--out"]  # fmt: skip
 
     def run(at: int, out: Path) -> int:
         """Status of a forked process that kills itself at the n-th fsync of a shard's file: no timing decides.
@@ -59,10 +58,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(jsonl: Path, tokenizer
                 inner(path)
 
             data_prep.shard_writer.sync = sync
-            data_prep.documents.CHUNK_BYTES = 5000
-            sys.argv = ["monet-data", *options, str(out)]
             try:
-                main()
+                prepare(out, [str(source)], max_bad_share=0.5, chunk_bytes=5000)
             except BaseException:
                 os._exit(1)
             os._exit(0)
@@ -274,15 +271,14 @@ def test_the_place_of_files_on_the_machine_does_not_matter(name: str, tmp_path: 
 
 
 def test_a_run_of_all_tasks_and_a_task_do_not_share_a_folder(
-    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(data_prep.shards, "TASKS_BEGIN_SECONDS", 0)
     out = tmp_path / "out"
     whole = ("shards", jsonl / "*.jsonl", "--tokenizer", tokenizer.path, "--out", out, "--workers", 1)
     task = (*whole, "--task", 0, "--tasks", 2)
-    with exclusive(out):
-        status, _, err = data(*task)
-        assert status == 2 and "being written by another run" in err
+    recipe = recipe_from([str(jsonl / "*.jsonl")], {}, {})
+    with exclusive(out), pytest.raises(UserError, match="being written by another run"):
+        data_prep.shards.prepare(recipe, tokenizer, out, ShardOptions(task=0, tasks=2), wait_seconds=0)
     assert data(*task)[0] == 0
     for path in out.glob("shard-*"):  # as if it had only begun
         path.unlink()

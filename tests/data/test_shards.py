@@ -16,12 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data_prep.documents
-import data_prep.encode
-import data_prep.ids
-import data_prep.shard_writer
-import data_prep.shards
 from data_prep.encode import Column, Encoded
+from data_prep.ids import find_duplicates
+from data_prep.journal import Journal
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import ShardWriter
 from data_prep.verify import verify
@@ -119,13 +116,11 @@ def test_labels_lie_beside_the_shards(shards: Path) -> None:
 
 @pytest.mark.parametrize("slot_bytes", [1, 500, 4 << 20], ids=["by pipe", "some by pipe", "shared memory"])
 def test_the_number_of_workers_does_not_change_a_byte(
-    slot_bytes: int, prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slot_bytes: int, prepare: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Over more chunks than there are slots, of which each serves several; the texts of some do not fit into one."""
-    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 600)
-    monkeypatch.setattr(data_prep.encode, "SLOT_BYTES", slot_bytes)
-    alone = contents(prepare(tmp_path / "one"))
-    assert contents(prepare(tmp_path / "three", workers=3)) == alone
+    alone = contents(prepare(tmp_path / "one", chunk_bytes=600))
+    assert contents(prepare(tmp_path / "three", workers=3, chunk_bytes=600, slot_bytes=slot_bytes)) == alone
 
 
 def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -168,10 +163,7 @@ def test_tasks_and_merge_give_the_documents_in_order(data, jsonl: Path, tokenize
 
 
 @pytest.mark.parametrize("tasks", [1, 2])
-def test_a_document_id_that_stands_twice_is_refused(
-    tasks: int, data, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_prep.ids, "AT_ONCE", 50)  # several passes
+def test_a_document_id_that_stands_twice_is_refused(tasks: int, data, tokenizer: Tokenizer, tmp_path: Path) -> None:
     plain = tmp_path / "plain.txt"
     plain.write_text("a text without a name")
 
@@ -190,12 +182,20 @@ def test_a_document_id_that_stands_twice_is_refused(
 
     write(299)
     assert run(tmp_path / "good")[0] == 0 and verify(tmp_path / "good")[1] == []
-    assert Manifest.read(tmp_path / "good").documents == 301
+    manifest = Manifest.read(tmp_path / "good")
+    assert manifest.documents == 301 and find_duplicates(tmp_path / "good", manifest.shards, at_once=50) is None
     write(5)
     for _ in range(2):  # the same command again does not let it pass
         status, _, err = run(tmp_path / "bad")
         assert status == 2 and err.count("\n") == 1 and not (tmp_path / "bad" / "manifest.json").exists()
         assert "document id 'd5' stands twice, in shard-" in err and "document 5 and shard-" in err
+    journals = [Journal(path) for path in sorted((tmp_path / "bad").glob("progress*.jsonl"))]
+    for journal in journals:
+        journal.open(None)
+    shards = [shard for journal in journals for shard in journal.shards]
+    in_passes = find_duplicates(tmp_path / "bad", shards, at_once=50)
+    assert in_passes is not None and in_passes == find_duplicates(tmp_path / "bad", shards)
+    assert in_passes.id == "d5" and in_passes.repeats == 1
 
 
 def test_a_document_without_the_id_is_bad(data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

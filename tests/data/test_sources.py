@@ -16,13 +16,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-import data_prep.documents
-import data_prep.encode
-import data_prep.ids
-import data_prep.shard_writer
-import data_prep.shards
 from data_prep import sources
-from data_prep.recipe import LABELS, load_recipe, recipe_from
+from data_prep.recipe import ENORMOUS_BYTES, LABELS, load_recipe, recipe_from
 from data_prep.verify import verify
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
@@ -256,12 +251,10 @@ def test_a_string_of_parquet_that_is_no_utf8_costs_its_document(prepare: Callabl
 
 
 def test_an_enormous_line_costs_one_document(
-    prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch
+    prepare: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(data_prep.documents, "ENORMOUS_BYTES", 1 << 20)
-    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 1 << 16)
     lines = [json.dumps({"text": text}) for text in [text_of(n) for n in range(300)]]
-    lines.insert(100, json.dumps({"text": "x" * (5 << 20)}))
+    lines.insert(100, json.dumps({"text": "x" * (ENORMOUS_BYTES + 5_000_000)}))
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     out = prepare(tmp_path / "out", [str(tmp_path / "c.jsonl")])
     assert documents_of(out, tokenizer) == [text_of(i) for i in range(300)]

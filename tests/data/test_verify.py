@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import data_prep.documents
 import data_prep.encode
 import data_prep.info
-import data_prep.shard_writer
 import data_prep.verify
 from data_prep.documents import Chunk
 from data_prep.encode import Encoded
+from data_prep.shard_writer import MANY_VALUES
 from data_prep.verify import verify
 from monet_train.data.index_file import HEADER_BYTES
 from monet_train.tokenizers import Tokenizer
@@ -77,16 +76,16 @@ def test_verify_counts_the_labels_again(changed: str, data, prepare: Callable[..
 
 
 def test_the_rarest_of_very_many_labels_are_summed_up_and_counted_again(
-    prepare: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepare: Callable[..., Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(data_prep.shard_writer, "MANY_VALUES", 3)
     source = tmp_path / "source.jsonl"
-    lines = [{"text": text_of(i), "lang": f"language {i % 7}" if i % 2 else None} for i in range(50)]
+    languages = 2 * MANY_VALUES
+    lines = [{"text": f"Text {i}.", "lang": f"language {i % languages}" if i % 3 else None} for i in range(9000)]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    manifest, problems = verify(prepare(tmp_path / "out", [str(source)]))
-    assert problems == []
+    manifest, problems = verify(prepare(tmp_path / "out", [str(source)], tokens_per_shard=60_000))
+    assert problems == [] and len(manifest.shards) > 1
     for shard in manifest.shards:
-        assert len(shard.labels["lang"]) == 4 and "(others)" in shard.labels["lang"]
+        assert len(shard.labels["lang"]) == MANY_VALUES + 1 and "(others)" in shard.labels["lang"]
         assert sum(counts[1] for counts in shard.labels["lang"].values()) == shard.tokens
 
 
@@ -152,13 +151,13 @@ def test_several_lost_shards_are_rebuilt_by_several_workers(
         time.sleep(0.01)  # so that much is left
         return encode_chunk(tokenizer, chunk)
 
-    monkeypatch.setattr(data_prep.documents, "CHUNK_BYTES", 1000)
     monkeypatch.setattr(data_prep.encode, "encode_chunk", slowly)
-    out = prepare(tmp_path / "out", workers=2)
+    small_chunks = {"workers": 2, "chunk_bytes": 1000}
+    out = prepare(tmp_path / "out", **small_chunks)
     before = contents(out)
     for number in (0, 2, 4):
         (out / f"shard-{number:05d}.bin").unlink()
-    prepare(out, workers=2)
+    prepare(out, **small_chunks)
     assert contents(out) == before
 
 
