@@ -278,9 +278,9 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "address to merge": (["merge", "memory://b/out"], "memory://b/out is not on a file system"),
         "address to verify": (["verify", "memory://b/out"], "memory://b/out is not on a file system"),
         "address to tell about": (["info", "memory://b/out"], "memory://b/out is not on a file system"),
-        "long name of a source": (["shards", folder / ("x" * 300), *shards], "xxx: no file can have so long a name"),
+        "long name of a source": (["shards", folder / ("x" * 300), *shards], "xxx: the name is too long for a file"),
         "long name of a tokenizer": (
-            ["shards", good, "--tokenizer", folder / ("x" * 300), *shards[2:]], "xxx: no file can have so long a name"),
+            ["shards", good, "--tokenizer", folder / ("x" * 300), *shards[2:]], "xxx: the name is too long for a file"),
         "long name of a folder": (["info", folder / ("x" * 300)], "File name too long"),
         "merge nothing": (["merge", folder / "nowhere"], "nowhere is no folder"),
         "verify nothing": (["verify", folder / "nowhere"], "manifest.json is missing"),
