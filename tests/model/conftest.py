@@ -1,4 +1,4 @@
-"""Small models of both forms."""
+"""Small models of both decompositions."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def small_models(one_thread: None) -> None:
 
 
 @pytest.fixture(params=["vertical", "horizontal"])
-def form(request: pytest.FixtureRequest) -> str:
+def moe_decompose(request: pytest.FixtureRequest) -> str:
     """Each of the two decompositions."""
     return request.param
 
 
 @pytest.fixture
-def config(form: str) -> MonetConfig:
+def config(moe_decompose: str) -> MonetConfig:
     """Two routing groups of two layers; every width divides by 4."""
     return MonetConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=32,
-        moe_dim=8, moe_heads=3, moe_experts=16, moe_topk=4, moe_groups=2, moe_decompose=form,
+        moe_dim=8, moe_heads=3, moe_experts=16, moe_topk=4, moe_groups=2, moe_decompose=moe_decompose,
         initializer_range=0.3,
     )  # fmt: skip
 

@@ -87,15 +87,15 @@ def additive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["vertical", "horizontal", "additive"])
-def form(request: pytest.FixtureRequest) -> str:
+def moe_decompose(request: pytest.FixtureRequest) -> str:
     """Instead of the fixture of all model tests: one decomposition more."""
     return request.param
 
 
-def layer_of(form: str, collectives: Collectives = ALONE) -> Experts:
+def layer_of(moe_decompose: str, collectives: Collectives = ALONE) -> Experts:
     """An expert layer in fp64 with weights and biases that matter."""
-    config = MonetConfig(hidden_size=6, moe_dim=8, moe_heads=HEADS, moe_experts=EXPERTS, moe_decompose=form)
-    layer = decomposition(form)(config, collectives).double()
+    config = MonetConfig(hidden_size=6, moe_dim=8, moe_heads=HEADS, moe_experts=EXPERTS, moe_decompose=moe_decompose)
+    layer = decomposition(moe_decompose)(config, collectives).double()
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
@@ -136,8 +136,8 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_layer_is_the_sum_over_all_its_experts(form: str, masked: bool) -> None:
-    layer, (x, g1, g2, mask) = layer_of(form), inputs()
+def test_a_layer_is_the_sum_over_all_its_experts(moe_decompose: str, masked: bool) -> None:
+    layer, (x, g1, g2, mask) = layer_of(moe_decompose), inputs()
     factors = mask if masked else None
     found = layer(x, layer.routing(DenseGates(g1), DenseGates(g2), factors))
     weights = torch.einsum("thi,thj,hij->tij", g1, g2, mask if masked else torch.ones_like(mask))
@@ -156,19 +156,19 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)
 
 
-def test_two_ranks_with_half_of_the_units_add_up_to_the_layer(form: str) -> None:
+def test_two_ranks_with_half_of_the_units_add_up_to_the_layer(moe_decompose: str) -> None:
     """Weights cut as the class says; ``leave`` of the second rank adds the first one's partial sums."""
-    whole, (x, g1, g2, mask) = layer_of(form), inputs()
+    whole, (x, g1, g2, mask) = layer_of(moe_decompose), inputs()
     partial: list[Tensor] = []
 
     def first(sums: Tensor) -> Tensor:
         partial.append(sums)
         return sums
 
-    config = MonetConfig(moe_experts=EXPERTS, moe_decompose=form)
+    config = MonetConfig(moe_experts=EXPERTS, moe_decompose=moe_decompose)
     ranks = []
     for rank, leave in enumerate((first, lambda sums: sums + partial[0])):
-        layer = layer_of(form, replace(ALONE, tensor_size=2, leave=leave))
+        layer = layer_of(moe_decompose, replace(ALONE, tensor_size=2, leave=leave))
         for name, parameter in layer.named_parameters():
             parameter.data = local_shard(LAYER + name, whole.get_parameter(name).detach(), config, rank, 2)
         out = layer(x, layer.routing(DenseGates(g1), DenseGates(g2), mask))
@@ -185,32 +185,32 @@ def test_two_ranks_with_half_of_the_units_add_up_to_the_layer(form: str) -> None
             torch.testing.assert_close(gradient, local_shard(LAYER + name, full, config, rank, 2))
 
 
-def test_what_is_not_split_is_an_output_bias(form: str) -> None:
-    names = {name for name, _ in layer_of(form).named_parameters()}
-    assert names == {*decomposition(form).splits, *decomposition(form).biases}
+def test_what_is_not_split_is_an_output_bias(moe_decompose: str) -> None:
+    names = {name for name, _ in layer_of(moe_decompose).named_parameters()}
+    assert names == {*decomposition(moe_decompose).splits, *decomposition(moe_decompose).biases}
 
 
 def test_initial_biases_are_zero_and_exempt_from_weight_decay(
-    form: str, config: MonetConfig, build: Callable[..., MonetForCausalLM]
+    moe_decompose: str, config: MonetConfig, build: Callable[..., MonetForCausalLM]
 ) -> None:
     model = build(config)
     exempt = {id(p) for p in build_optimizer(model, OptimizerSection()).param_groups[1]["params"]}
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
-        is_bias = leaf in ("bias", *decomposition(form).biases)
+        is_bias = leaf in ("bias", *decomposition(moe_decompose).biases)
         assert (parameter == 0).all() == is_bias, name
         assert (id(parameter) in exempt) == (is_bias or parameter.dim() == 1), name
 
 
 def test_a_model_trains_and_is_saved_and_loaded(
-    form: str, config: MonetConfig, build: Callable[..., MonetForCausalLM], tmp_path: Path
+    moe_decompose: str, config: MonetConfig, build: Callable[..., MonetForCausalLM], tmp_path: Path
 ) -> None:
     model = build(config).train()
     model(tokens(2, 8), labels=tokens(2, 8)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     write_model(tmp_path, model.state_dict(), config, None)
     names = {name.removeprefix(LAYER) for name in load_file(tmp_path / "model.safetensors") if name.startswith(LAYER)}
-    assert names == {*decomposition(form).splits, *decomposition(form).biases}
+    assert names == {*decomposition(moe_decompose).splits, *decomposition(moe_decompose).biases}
     loaded = load_pretrained(tmp_path)
     assert loaded.config == replace(config, num_key_value_heads=config.kv_heads)
     with torch.no_grad():

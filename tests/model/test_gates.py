@@ -142,14 +142,14 @@ def test_several_blocks_of_tokens_and_none(kernels: Kernels) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_tensor_parallel_ranks_have_all_of_them(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("moe_decompose", ["vertical", "horizontal"])
+def test_tensor_parallel_ranks_have_all_of_them(moe_decompose: str, tmp_path: Path) -> None:
     """Two ranks that share the layers, with masked experts: outputs and gradients are those of the whole model."""
-    whole = load_pretrained(GOLDEN / f"tiny_{form}")
+    whole = load_pretrained(GOLDEN / f"tiny_{moe_decompose}")
     chosen = ExpertSet.choose(whole, 0, [(1, None), (None, 3)], factor=-0.5, layers=[1])
     chosen = chosen.union(ExpertSet.choose(whole, 1, [(2, 5)], heads=[0]))
     file = chosen.save(tmp_path / "some.experts.safetensors")
-    for done in run_ranks(save_outputs, GOLDEN / f"tiny_{form}", file, tmp_path, ranks=2):
+    for done in run_ranks(save_outputs, GOLDEN / f"tiny_{moe_decompose}", file, tmp_path, ranks=2):
         assert done.returncode == 0, done.stderr
     chosen.apply(whole)
     out = whole(torch.arange(24).view(2, 12), output_gates=True)

@@ -17,8 +17,8 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture
-def folder(form: str) -> Path:
-    return GOLDEN / f"tiny_{form}"
+def folder(moe_decompose: str) -> Path:
+    return GOLDEN / f"tiny_{moe_decompose}"
 
 
 @pytest.fixture
