@@ -213,7 +213,7 @@ def horizontal() -> None:
     """The data flow of the horizontal decomposition."""
     top = 764
     panel(
-        top, 206, "Horizontal decomposition", "set 1 holds the first layers of the experts, set 2 the second ones"
+        top, 206, "Horizontal decomposition", "side 1 holds the input layers of the experts, side 2 the output layers"
     )  # fmt: skip
     row, height = top + 76, 54
     middle = row + height / 2
@@ -234,7 +234,7 @@ def horizontal() -> None:
     labelled(864, middle - 30, 76, 60, "output", PAPER, INK)
     text(954, middle + 5, "[d]", 13, SOFT, "middle")
     legend = (
-        "i, j: half-experts of set 1 and 2 (E each); h: routing heads (H); m: inner units of an expert; g1, g2: gates"
+        "i, j: half-experts of side 1 and 2 (E each); h: routing heads (H); m: inner units of an expert; g1, g2: gates"
     )
     text(32, top + 190, legend, 14, SOFT)
 
