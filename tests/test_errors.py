@@ -14,9 +14,9 @@ import pytest
 from tests.support import REPOSITORY
 
 COMMANDS = [
-    ("monet_train.train --help", ""),
-    ("monet_train.train --cfg job", "1"),  # Python writes at once
-    ("monet_train.train --info", ""),
+    pytest.param("monet_train.train --help", "", marks=pytest.mark.slow),
+    pytest.param("monet_train.train --cfg job", "1", marks=pytest.mark.slow),  # Python writes at once
+    pytest.param("monet_train.train --info", "", marks=pytest.mark.slow),
     ("data_prep --help", ""),
     ("data_prep --help", "1"),
     ("monet_train.interop.export --help", ""),

@@ -81,6 +81,7 @@ def test_steps_follow_from_tokens() -> None:
     assert total_steps(composed("train.max_steps=300", "train.max_tokens=20480")) == 10
 
 
+@pytest.mark.slow
 def test_the_command_shows_its_configuration() -> None:
     done = command("--cfg", "job", "model=1.4b", "train.seed=7")
     shown = OmegaConf.create(done.stdout)
@@ -89,6 +90,7 @@ def test_the_command_shows_its_configuration() -> None:
     assert OmegaConf.is_missing(shown.data, "path")
 
 
+@pytest.mark.slow
 def test_the_command_helps() -> None:
     text = command("--help").stdout
     for useful in ("monet-train [key=value ...]", "torchrun", "sbatch slurm/train_850m.sh", "model: 1.4b, 4.1b, 850m"):

@@ -15,7 +15,8 @@ from tests.kernels import cuda_emulation
 
 INSTRUCTION_SETS = ("AVX-512", "AVX2", "portable")
 CUDA = [pytest.param("CUDA", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
-BACKENDS = ("CPU", "emulated CUDA", *CUDA)
+EMULATED = pytest.param("emulated CUDA", marks=pytest.mark.slow)  # compiled anew when its sources have changed
+BACKENDS = ("CPU", EMULATED, *CUDA)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ COMPILER = "aarch64-linux-gnu-g++"
 SOURCES = [*sorted((REPOSITORY / "csrc" / "cpu").glob("*.cpp")), REPOSITORY / "csrc" / "bindings" / "cpu.cpp"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} not found on the PATH")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:

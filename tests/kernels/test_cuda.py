@@ -16,7 +16,7 @@ from torch import Tensor
 from monet_train import kernels
 from monet_train.kernels import AUTO, Kernels
 from tests.kernels import cuda_emulation, test_experts, test_masks
-from tests.kernels.conftest import BACKENDS, Backend
+from tests.kernels.conftest import BACKENDS, EMULATED, Backend
 from tests.support import REPOSITORY
 
 SOURCES = sorted((REPOSITORY / "csrc" / "cuda").glob("*.cu"))
@@ -24,6 +24,7 @@ ARCHITECTURES = ("80", "90")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc found neither on the PATH nor in CUDA_HOME")
 def test_compiles_without_a_warning(tmp_path: Path) -> None:
     """For every architecture, without a GPU. Optimisation is left out: it finds no further warnings."""
@@ -95,7 +96,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["emulated CUDA"], indirect=True)
+@pytest.mark.parametrize("backend", [EMULATED], indirect=True)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 def test_same_bits_whatever_the_order_of_threads(run: Callable[[], list[Tensor | None]], backend: Backend) -> None:
     """A missing barrier, or two threads that write to one place, would show."""
