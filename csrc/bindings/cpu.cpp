@@ -1,18 +1,17 @@
 // torch.ops.monet on the CPU. Checks shapes, allocates results, hands raw pointers to the kernels. Gradients are put
-// together in monet_train/kernels (one autograd function an operation).
+// together in autograd.cpp.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <atomic>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../cpu/experts.h"
 #include "../cpu/instruction_sets.h"
 #include "../cpu/route.h"
+#include "../cpu/sparse_rows.h"
 #include "../parallel.h"
 #include "tensors.h"
 
@@ -31,6 +30,9 @@ void run_tasks(int64_t count, void (*task)(const void*, int64_t), const void* co
 namespace {
 
 using cpu::Rows;
+
+// From this share of entries on (one in so many) that are not 0, the dense product is the faster one.
+constexpr int64_t kDenseShare = 8;
 
 // Rows of a matrix whose rows are contiguous.
 template <class S>
@@ -51,7 +53,7 @@ Tensor head_moments(const Tensor& logits) {
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold) {
+GatesAndLayout route(const Tensor& logits, const Tensor& threshold) {
   check_route(logits, threshold);
   const Tensor z = logits.contiguous(), cut = threshold.contiguous();
   const int64_t tokens = z.size(0), heads = z.size(1), experts = z.size(2);
@@ -76,10 +78,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, c
   });
 }
 
-Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
+// Gradients of the logits, [tokens, heads, experts]: 0 where a gate is 0.
+Tensor route_backward(const Tensor& dgates, const Tensor& gates, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = values_of(dgates, pairs);
-  Tensor dlogits = at::empty_like(given);
+  Tensor dlogits = at::empty({pairs.tokens, given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
     cpu::active_softmax_backward(read<T>(given), read<T>(dgiven), pairs, given.size(1), write<T>(dlogits));
@@ -87,23 +90,7 @@ Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, 
   return dlogits;
 }
 
-// The same as entries of a sparse tensor [tokens, heads, experts]: indices [3, entries] and values.
-std::tuple<Tensor, Tensor> route_backward_sparse(
-    const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
-  const Pairs pairs = pairs_of(gates, layout, experts);
-  const Tensor given = values_of(gates, pairs), dlogits = route_backward(given, dgates, layout, experts);
-  return with_wide_type(given, [&](auto zero) {
-    using T = decltype(zero);
-    const int64_t heads = given.size(1), count = cpu::count_active(read<T>(given), pairs.count, heads);
-    Tensor indices = at::empty({3, count}, given.options().dtype(at::kLong));
-    Tensor values = at::empty({count}, given.options());
-    cpu::active_entries(
-        read<T>(given), read<T>(dlogits), pairs, heads, count, write<int64_t>(indices), write<T>(values));
-    return std::make_tuple(indices, values);
-  });
-}
-
-Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
+Tensor dense_gates(const Tensor& values, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(values, layout, experts);
   const Tensor given = values_of(values, pairs);
   Tensor dense = at::empty({pairs.tokens, given.size(1), experts}, given.options());
@@ -114,15 +101,16 @@ Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
   return dense;
 }
 
-Tensor gather_dense(const Tensor& dense, Layout layout) {
-  const Pairs pairs = pairs_of(dense, layout, dense.size(2));
-  const Tensor given = dense.contiguous();
-  Tensor values = at::empty({pairs.count, given.size(1)}, given.options());
+Tensor dense_gates_backward(const Tensor& ddense, const Tensor& gates, Layout layout, int64_t experts) {
+  const Pairs pairs = pairs_of(gates, layout, experts);
+  const Tensor given = ddense.contiguous();
+  Tensor dgates = at::empty_like(values_of(gates, pairs));
+  check_dense(given, gates, pairs);
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
-    cpu::gather_dense(read<T>(given), pairs, given.size(1), write<T>(values));
+    cpu::gather_dense(read<T>(given), pairs, given.size(1), write<T>(dgates));
   });
-  return values;
+  return dgates;
 }
 
 Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
@@ -136,10 +124,10 @@ Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
   return totals;
 }
 
-Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
-  const Pairs pairs = pairs_of(dtotals, layout, dtotals.size(1));
+Tensor sum_over_tokens_backward(const Tensor& dtotals, const Tensor& gates, Layout layout, int64_t experts) {
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = dtotals.contiguous();
-  Tensor dgates = at::empty({pairs.count, given.size(0)}, given.options());
+  Tensor dgates = at::empty_like(values_of(gates, pairs));
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
     cpu::sum_over_tokens_backward(read<T>(given), pairs, given.size(0), write<T>(dgates));
@@ -158,7 +146,7 @@ Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
   return totals;
 }
 
-Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layout layout, int64_t experts) {
+Tensor sum_of_largest_backward(const Tensor& dtotals, const Tensor& gates, Layout layout, int64_t experts) {
   const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = dtotals.contiguous();
   Tensor dgates = at::empty_like(given);
@@ -237,7 +225,7 @@ Tensor bias_gradient(const SideTensors& side, const Tensor& y, const Tensor& bia
 
 // The weights of a vertical layer, checked and laid out for the kernels.
 struct VerticalWeights {
-  VerticalWeights(const Tensor& x, at::TensorList w, const Pairs& one, const Pairs& two) {
+  VerticalWeights(const Tensor& x, TensorList w, const Pairs& one, const Pairs& two) {
     units = check_vertical(x, w, one.experts);
     u1 = w[0].contiguous(), u1_bias = w[1].contiguous(), u2 = w[2].contiguous(), u2_bias = w[3].contiguous();
     v11 = expert_rows(w[4], one, units), v12 = expert_rows(w[5], one, units);
@@ -253,9 +241,9 @@ cpu::VerticalMix<C> vertical_mix(Tensor& own1, Tensor& cross1, Tensor& own2, Ten
   return {write<C>(own1), write<C>(cross1), write<C>(own2), write<C>(cross2)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> vertical_experts(
+std::vector<Tensor> vertical_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    const std::optional<Tensor>& mask, at::TensorList weights) {
+    const OptionalTensor& mask, TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -275,14 +263,14 @@ std::tuple<Tensor, Tensor, Tensor> vertical_experts(
     const cpu::Term<S> left[] = {term<S>(one, own1, w.v11), term<S>(one, cross1, w.v12)};
     const cpu::Term<S> right[] = {term<S>(two, cross2, w.v21), term<S>(two, own2, w.v22)};
     run<S>({combination<S>(left, half, out, 0), combination<S>(right, half, out, half)});
-    return std::make_tuple(out, s1, s2);
+    return std::vector<Tensor>{out, s1, s2};
   });
 }
 
 std::vector<Tensor> vertical_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList weights,
-    const Tensor& s1, const Tensor& s2) {
+    Layout layout2, int64_t experts, const OptionalTensor& mask, TensorList weights, TensorList kept) {
+  const Tensor &s1 = kept[0], &s2 = kept[1];
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -322,7 +310,7 @@ std::vector<Tensor> vertical_experts_backward(
 }
 
 struct HorizontalWeights {
-  HorizontalWeights(const Tensor& x, at::TensorList w, const Pairs& two) {
+  HorizontalWeights(const Tensor& x, TensorList w, const Pairs& two) {
     units = check_horizontal(x, w, two.experts);
     u = w[0].contiguous(), u_bias = w[1].contiguous(), v = expert_rows(w[2], two, units);
   }
@@ -331,9 +319,9 @@ struct HorizontalWeights {
   Tensor u, u_bias, v;
 };
 
-std::tuple<Tensor, Tensor> horizontal_experts(
+std::vector<Tensor> horizontal_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    const std::optional<Tensor>& mask, at::TensorList weights) {
+    const OptionalTensor& mask, TensorList weights) {
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -347,14 +335,14 @@ std::tuple<Tensor, Tensor> horizontal_experts(
     cpu::mix_horizontal<C>(one.side<C>(), two.side<C>(), m.mask<C>(), read<C>(s1), w.units, write<C>(y));
     const cpu::Term<S> terms[] = {term<S>(two, y, w.v)};
     run<S>({combination<S>(terms, x.size(1), out, 0)});
-    return std::make_tuple(out, s1);
+    return std::vector<Tensor>{out, s1};
   });
 }
 
 std::vector<Tensor> horizontal_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList weights,
-    const Tensor& s1) {
+    Layout layout2, int64_t experts, const OptionalTensor& mask, TensorList weights, TensorList kept) {
+  const Tensor& s1 = kept[0];
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -377,7 +365,7 @@ std::vector<Tensor> horizontal_experts_backward(
 }
 
 // What a mask leaves of each half-expert, [pairs of side 1] and [pairs of side 2].
-std::tuple<Tensor, Tensor> masked_totals(
+TwoTensors expert_weights(
     const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask) {
   const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -390,9 +378,9 @@ std::tuple<Tensor, Tensor> masked_totals(
   return {totals1, totals2};
 }
 
-std::tuple<Tensor, Tensor> masked_totals_backward(
-    const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask,
-    const Tensor& dtotals1, const Tensor& dtotals2) {
+TwoTensors expert_weights_backward(
+    const Tensor& dtotals1, const Tensor& dtotals2, const Tensor& gates1, Layout layout1, const Tensor& gates2,
+    Layout layout2, int64_t experts, const Tensor& mask) {
   const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
   const Tensor d1 = dtotals1.contiguous(), d2 = dtotals2.contiguous();
@@ -432,7 +420,7 @@ Tensor expert_bias(const Tensor& gates, Layout layout, const Tensor& b) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> expert_bias_backward(
+TwoTensors expert_bias_backward(
     const Tensor& dout, const Tensor& gates, Layout layout, const Tensor& b) {
   const Tensor rows = b.contiguous(), d = dout.contiguous();
   const SideTensors side(d, gates, layout, b.size(0));
@@ -449,43 +437,27 @@ std::tuple<Tensor, Tensor> expert_bias_backward(
   });
 }
 
-// Gradients of the linear map y = x w^T from a sparse gradient of y [tokens, rows]: token and row of each entry, values
-// in the type of sums.
-std::tuple<Tensor, Tensor> linear_sparse_backward(
-    const Tensor& token, const Tensor& row, const Tensor& values, const Tensor& tokens, const Tensor& weight) {
-  const Tensor x = tokens.contiguous(), w = weight.contiguous();
-  check_matrix(x, w, w.size(0), x.size(1), "weight");
-  TORCH_CHECK(values.scalar_type() == accumulator(x).dtype(), "values must be in the type of sums");
-  const int64_t rows = w.size(0), blocks = blocks_of(x.size(0));
-  const auto ints = x.options().dtype(at::kInt);
-  const auto sorted = [&](const Tensor& key, int64_t keys) {
-    Tensor start = at::empty({keys + 1}, ints), order = at::empty({key.numel()}, ints);
-    const Tensor given = key.contiguous();
-    cpu::sort_by_key(read<int64_t>(given), given.numel(), keys, write<int32_t>(start), write<int32_t>(order));
-    return std::make_pair(start, order);
-  };
-  const auto [row_start, by_token] = sorted(token, x.size(0));
-  const auto [group_start, by_group] = sorted(token.div(kBlockTokens, "floor").mul(rows).add(row), blocks * rows);
-  const Tensor row_of_entry = row.index_select(0, by_token).to(at::kInt), y_of_entry = values.index_select(0, by_token);
-  const Tensor token_of_pair = token.index_select(0, by_group).to(at::kInt), y = values.index_select(0, by_group);
-  const Pairs pairs{
-      .tokens = x.size(0),
-      .experts = rows,
-      .count = values.numel(),
-      .token = read<int32_t>(token_of_pair),
-      .group_start = read<int32_t>(group_start),
-      .row_start = nullptr,
-      .row_pair = nullptr};
-  Tensor dx = at::empty_like(x), dw = at::empty_like(w);
-  with_type(x, [&](auto zero) {
+// Of a router's logits only the active ones have a gradient, 2% of them. Where few are not 0, they alone are multiplied.
+TwoTensors router_logits_backward(const Tensor& dlogits, const Tensor& tokens, const Tensor& weight) {
+  const Tensor x = tokens.contiguous(), w = weight.contiguous(), dz = dlogits.flatten(1).contiguous();
+  check_router_gradient(dz, x, w);
+  const int64_t rows = w.size(0);
+  return with_type(x, [&](auto zero) {
     using S = decltype(zero);
     using C = Accumulator<S>;
+    const cpu::SparseRows<C> sparse(read<C>(dz), x.size(0), rows);
+    if (sparse.count() > x.size(0) * rows / kDenseShare) {
+      const Tensor dense = dz.to(x.scalar_type());
+      return TwoTensors(at::mm(dense, w), at::mm(dense.t(), x));
+    }
+    Tensor dx = at::empty_like(x), dw = at::empty_like(w);
     cpu::multiply<S>({
-        x.size(0), read<int32_t>(row_start), read<int32_t>(row_of_entry), read<C>(y_of_entry), read_rows<S>(w),
-        x.size(1), {write<S>(dx), x.size(1)}});
-    run<S>({{pairs, read<C>(y), read_rows<S>(x), 1, x.size(1), write<S>(dw), false}});
+        x.size(0), sparse.row_start(), sparse.column(), sparse.values(), read_rows<S>(w), x.size(1),
+        {write<S>(dx), x.size(1)}});
+    const cpu::SparseGroups<C> groups(sparse);
+    run<S>({{groups.pairs(), groups.values(), read_rows<S>(x), 1, x.size(1), write<S>(dw), false}});
+    return TwoTensors(dx, dw);
   });
-  return {dx, dw};
 }
 
 std::string instruction_set() { return cpu::instruction_set(); }
@@ -494,14 +466,12 @@ bool select_instruction_set(const std::string& name) { return cpu::select_instru
 }  // namespace
 }  // namespace monet
 
-TORCH_LIBRARY_IMPL(monet, CPU, m) {
+TORCH_LIBRARY_IMPL(MONET_LIBRARY, CPU, m) {
 #include "operations.inl"
-  m.impl("route_backward_sparse", &monet::route_backward_sparse);
-  m.impl("linear_sparse_backward", &monet::linear_sparse_backward);
 }
 
 // These have no tensor that would tell a device.
-TORCH_LIBRARY_IMPL(monet, CatchAll, m) {
+TORCH_LIBRARY_IMPL(MONET_LIBRARY, CatchAll, m) {
   m.impl("instruction_set", &monet::instruction_set);
   m.impl("select_instruction_set", &monet::select_instruction_set);
 }

@@ -1,24 +1,18 @@
 // torch.ops.monet on a GPU: the dense products go to the framework (cuBLAS), what lies between them to the kernels of
 // csrc/cuda. Device and stream are reached through the framework's interface for all devices, so that this file compiles
 // against a framework without CUDA; the tests run it on the CPU, with the kernels emulated.
-//
-// linear_sparse_backward and route_backward_sparse are the CPU's alone: on a GPU the dense product of the router's
-// gradient costs less than gathering the rows of its active logits.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <torch/library.h>
 
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "../cuda/experts.h"
 #include "../cuda/route.h"
 #include "tensors.h"
 
-#ifndef MONET_CUDA_LIBRARY
-#define MONET_CUDA_LIBRARY monet
+#ifndef MONET_CUDA_DEVICE
 #define MONET_CUDA_DEVICE CUDA
 #endif
 
@@ -68,7 +62,7 @@ Tensor head_moments(const Tensor& logits) {
   return sums;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, const Tensor& threshold) {
+GatesAndLayout route(const Tensor& logits, const Tensor& threshold) {
   check_route(logits, threshold);
   const OnDevice device(logits);
   const Tensor z = logits.contiguous(), cut = threshold.contiguous();
@@ -96,20 +90,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits, c
   });
 }
 
-Tensor route_backward(const Tensor& gates, const Tensor& dgates, Layout layout, int64_t experts) {
+// Gradients of the logits, [tokens, heads, experts]: 0 where a gate is 0.
+Tensor route_backward(const Tensor& dgates, const Tensor& gates, Layout layout, int64_t experts) {
   const OnDevice device(gates);
   const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = values_of(dgates, pairs);
-  Tensor dlogits = at::empty_like(given);
+  Tensor by_pair = at::empty_like(given);
+  Tensor dlogits = at::empty({pairs.tokens, given.size(1), experts}, given.options());
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
     cuda::active_softmax_backward(
-        device.stream(), read<T>(given), read<T>(dgiven), pairs, given.size(1), write<T>(dlogits));
+        device.stream(), read<T>(given), read<T>(dgiven), pairs, given.size(1), write<T>(by_pair));
+    cuda::scatter_dense(device.stream(), read<T>(by_pair), pairs, given.size(1), write<T>(dlogits));
   });
   return dlogits;
 }
 
-Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
+Tensor dense_gates(const Tensor& values, Layout layout, int64_t experts) {
   const OnDevice device(values);
   const Pairs pairs = pairs_of(values, layout, experts);
   const Tensor given = values_of(values, pairs);
@@ -121,16 +118,17 @@ Tensor scatter_dense(const Tensor& values, Layout layout, int64_t experts) {
   return all;
 }
 
-Tensor gather_dense(const Tensor& all, Layout layout) {
-  const OnDevice device(all);
-  const Pairs pairs = pairs_of(all, layout, all.size(2));
-  const Tensor given = all.contiguous();
-  Tensor values = at::empty({pairs.count, given.size(1)}, given.options());
+Tensor dense_gates_backward(const Tensor& ddense, const Tensor& gates, Layout layout, int64_t experts) {
+  const OnDevice device(gates);
+  const Pairs pairs = pairs_of(gates, layout, experts);
+  const Tensor given = ddense.contiguous();
+  Tensor dgates = at::empty_like(values_of(gates, pairs));
+  check_dense(given, gates, pairs);
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
-    cuda::gather_dense(device.stream(), read<T>(given), pairs, given.size(1), write<T>(values));
+    cuda::gather_dense(device.stream(), read<T>(given), pairs, given.size(1), write<T>(dgates));
   });
-  return values;
+  return dgates;
 }
 
 Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
@@ -145,11 +143,11 @@ Tensor sum_over_tokens(const Tensor& gates, Layout layout, int64_t experts) {
   return totals;
 }
 
-Tensor sum_over_tokens_backward(const Tensor& dtotals, Layout layout) {
-  const OnDevice device(dtotals);
-  const Pairs pairs = pairs_of(dtotals, layout, dtotals.size(1));
+Tensor sum_over_tokens_backward(const Tensor& dtotals, const Tensor& gates, Layout layout, int64_t experts) {
+  const OnDevice device(gates);
+  const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = dtotals.contiguous();
-  Tensor dgates = at::empty({pairs.count, given.size(0)}, given.options());
+  Tensor dgates = at::empty_like(values_of(gates, pairs));
   with_wide_type(given, [&](auto zero) {
     using T = decltype(zero);
     cuda::sum_over_tokens_backward(device.stream(), read<T>(given), pairs, given.size(0), write<T>(dgates));
@@ -170,7 +168,7 @@ Tensor sum_of_largest(const Tensor& gates, Layout layout, int64_t experts) {
   return totals;
 }
 
-Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layout layout, int64_t experts) {
+Tensor sum_of_largest_backward(const Tensor& dtotals, const Tensor& gates, Layout layout, int64_t experts) {
   const OnDevice device(gates);
   const Pairs pairs = pairs_of(gates, layout, experts);
   const Tensor given = values_of(gates, pairs), dgiven = dtotals.contiguous();
@@ -183,11 +181,19 @@ Tensor sum_of_largest_backward(const Tensor& gates, const Tensor& dtotals, Layou
   return dgates;
 }
 
+// The dense products, though only active logits have a gradient: gathering the rows of these costs more.
+TwoTensors router_logits_backward(const Tensor& dlogits, const Tensor& x, const Tensor& weight) {
+  const Tensor dz = dlogits.flatten(1);
+  check_router_gradient(dz, x, weight);
+  const Tensor rounded = dz.to(x.scalar_type());
+  return {at::mm(rounded, weight), at::mm(rounded.t(), x)};
+}
+
 // ---- the expert layers
 
 // Whether the kernels for few tokens serve: the rows of half-experts that they read lie in memory only where output
 // weights are stored by columns. Others go through the dense products.
-bool few_tokens(const Tensor& x, at::TensorList output_weights) {
+bool few_tokens(const Tensor& x, TensorList output_weights) {
   if (x.size(0) >= cuda::kFewTokens) return false;
   for (const Tensor& v : output_weights)
     if (!v.t().is_contiguous()) return false;
@@ -207,9 +213,9 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Tensor& w) {
   return dw;
 }
 
-std::tuple<Tensor, Tensor, Tensor> vertical_experts(
+std::vector<Tensor> vertical_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    const std::optional<Tensor>& mask, at::TensorList w) {
+    const OptionalTensor& mask, TensorList w) {
   const OnDevice device(tokens);
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
@@ -252,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> vertical_experts(
 
 std::vector<Tensor> vertical_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList w, const Tensor& s1,
-    const Tensor& s2) {
+    Layout layout2, int64_t experts, const OptionalTensor& mask, TensorList w, TensorList kept) {
+  const Tensor &s1 = kept[0], &s2 = kept[1];
   const OnDevice device(tokens);
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
@@ -282,9 +288,9 @@ std::vector<Tensor> vertical_experts_backward(
       weight_gradient(right, part(mix2, 1), w[6]), weight_gradient(right, part(mix2, 0), w[7])};
 }
 
-std::tuple<Tensor, Tensor> horizontal_experts(
+std::vector<Tensor> horizontal_experts(
     const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
-    const std::optional<Tensor>& mask, at::TensorList w) {
+    const OptionalTensor& mask, TensorList w) {
   const OnDevice device(tokens);
   const Tensor x = tokens.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
@@ -315,7 +321,8 @@ std::tuple<Tensor, Tensor> horizontal_experts(
 
 std::vector<Tensor> horizontal_experts_backward(
     const Tensor& dout, const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2,
-    Layout layout2, int64_t experts, const std::optional<Tensor>& mask, at::TensorList w, const Tensor& s1) {
+    Layout layout2, int64_t experts, const OptionalTensor& mask, TensorList w, TensorList kept) {
+  const Tensor& s1 = kept[0];
   const OnDevice device(tokens);
   const Tensor x = tokens.contiguous(), d = dout.contiguous();
   const SideTensors one(x, gates1, layout1, experts), two(x, gates2, layout2, experts);
@@ -337,7 +344,7 @@ std::vector<Tensor> horizontal_experts_backward(
       weight_gradient(d, y, w[2])};
 }
 
-std::tuple<Tensor, Tensor> masked_totals(
+TwoTensors expert_weights(
     const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask) {
   const OnDevice device(gates1);
   const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
@@ -352,9 +359,9 @@ std::tuple<Tensor, Tensor> masked_totals(
   return {totals1, totals2};
 }
 
-std::tuple<Tensor, Tensor> masked_totals_backward(
-    const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, const Tensor& mask,
-    const Tensor& dtotals1, const Tensor& dtotals2) {
+TwoTensors expert_weights_backward(
+    const Tensor& dtotals1, const Tensor& dtotals2, const Tensor& gates1, Layout layout1, const Tensor& gates2,
+    Layout layout2, int64_t experts, const Tensor& mask) {
   const OnDevice device(gates1);
   const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
   const MaskTensor m(mask, one, two);
@@ -395,7 +402,7 @@ Tensor expert_bias(const Tensor& gates, Layout layout, const Tensor& b) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> expert_bias_backward(
+TwoTensors expert_bias_backward(
     const Tensor& dout, const Tensor& gates, Layout layout, const Tensor& b) {
   const OnDevice device(gates);
   const Tensor d = dout.contiguous();
@@ -414,6 +421,6 @@ std::tuple<Tensor, Tensor> expert_bias_backward(
 }  // namespace
 }  // namespace monet
 
-TORCH_LIBRARY_IMPL(MONET_CUDA_LIBRARY, MONET_CUDA_DEVICE, m) {
+TORCH_LIBRARY_IMPL(MONET_LIBRARY, MONET_CUDA_DEVICE, m) {
 #include "operations.inl"
 }

@@ -4,14 +4,12 @@
 #include <ATen/ATen.h>
 
 #include <limits>
-#include <optional>
 
 #include "../numbers.h"
 #include "../pairs.h"
+#include "operations.h"
 
 namespace monet {
-
-using at::Tensor;
 
 // ---- tensors to pointers
 
@@ -55,9 +53,6 @@ inline void check_device(const Tensor& like, const Tensor& tensor, const char* n
 
 // ---- gates
 
-// The four index tensors of a Pairs: token, group_start, row_start, row_pair.
-using Layout = at::TensorList;
-
 // The pairs that values or gates on the device of `like` belong to.
 inline Pairs pairs_of(const Tensor& like, Layout layout, int64_t experts) {
   TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
@@ -83,7 +78,21 @@ inline Tensor values_of(const Tensor& values, const Pairs& pairs) {
   return values.contiguous();
 }
 
+// A dense tensor that goes with gates of so many pairs, [tokens, heads, experts].
+inline void check_dense(const Tensor& dense, const Tensor& gates, const Pairs& pairs) {
+  TORCH_CHECK(
+      dense.dim() == 3 && dense.size(0) == pairs.tokens && dense.size(1) == gates.size(1) &&
+          dense.size(2) == pairs.experts && dense.scalar_type() == gates.scalar_type(),
+      "a dense gradient must be [tokens, heads, half-experts], in the type of the gates");
+  check_device(gates, dense, "a dense gradient");
+}
+
 // ---- the router
+
+inline Tensor router_logits(const Tensor& x, const Tensor& weight, int64_t heads) {
+  const Tensor z = at::linear(x, weight).unflatten(-1, {heads, -1});
+  return z.scalar_type() == at::kDouble ? z : z.to(at::kFloat);
+}
 
 inline void check_route(const Tensor& logits, const Tensor& threshold) {
   TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must be [tokens, heads, half-experts]");
@@ -131,7 +140,7 @@ struct SideTensors {
 
 // The factors of the experts, [1 or heads, experts, experts] in the type of sums.
 struct MaskTensor {
-  MaskTensor(const std::optional<Tensor>& mask, const SideTensors& one, const SideTensors& two) {
+  MaskTensor(const OptionalTensor& mask, const SideTensors& one, const SideTensors& two) {
     TORCH_CHECK(one.gates.size(1) == two.gates.size(1), "the two sides have different numbers of heads");
     if (!mask) return;
     const int64_t heads = one.gates.size(1), experts = one.pairs.experts;
@@ -160,7 +169,7 @@ inline void check_totals(
 }
 
 // The weights of a vertical layer: u1, its bias, u2, its bias, v11, v12, v21, v22. Units of a half-expert.
-inline int64_t check_vertical(const Tensor& x, at::TensorList w, int64_t experts) {
+inline int64_t check_vertical(const Tensor& x, TensorList w, int64_t experts) {
   TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
   const int64_t d = x.size(1), inner = w[0].size(0);
   TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
@@ -173,7 +182,7 @@ inline int64_t check_vertical(const Tensor& x, at::TensorList w, int64_t experts
 }
 
 // The weights of a horizontal layer: u, its bias, v. Units of a half-expert.
-inline int64_t check_horizontal(const Tensor& x, at::TensorList w, int64_t experts) {
+inline int64_t check_horizontal(const Tensor& x, TensorList w, int64_t experts) {
   TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
   const int64_t d = x.size(1), inner = w[0].size(0);
   TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
@@ -181,6 +190,14 @@ inline int64_t check_horizontal(const Tensor& x, at::TensorList w, int64_t exper
   check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
   check_matrix(x, w[2], d, inner, "v");
   return inner / experts;
+}
+
+// What router_logits_backward takes: dlogits [tokens, rows], x [tokens, d], w [rows, d].
+inline void check_router_gradient(const Tensor& dlogits, const Tensor& x, const Tensor& w) {
+  check_matrix(x, w, dlogits.size(1), x.size(1), "weight");
+  TORCH_CHECK(dlogits.size(0) == x.size(0), "gradients of ", dlogits.size(0), " tokens for ", x.size(0));
+  TORCH_CHECK(dlogits.scalar_type() == accumulator(x).dtype(), "gradients of logits must be in the type of sums");
+  check_device(x, dlogits, "a gradient of logits");
 }
 
 // Room for the gradient of a weight, stored by columns if the weight is.

@@ -179,14 +179,6 @@ void bias_gradient(const Pairs& pairs, const C* y, int64_t units, C* out) {
   });
 }
 
-void sort_by_key(const int64_t* key, int64_t count, int64_t keys, int32_t* start, int32_t* order) {
-  std::fill(start, start + keys + 1, 0);
-  for (int64_t i = 0; i < count; ++i) ++start[key[i] + 1];
-  for (int64_t k = 0; k < keys; ++k) start[k + 1] += start[k];
-  std::vector<int32_t> next(start, start + keys);
-  for (int64_t i = 0; i < count; ++i) order[next[key[i]]++] = static_cast<int32_t>(i);
-}
-
 template <class S>
 void transpose(const S* in, int64_t rows, int64_t columns, S* out) {
   constexpr int64_t tile = 32;

@@ -129,9 +129,6 @@ void gate_totals_by_token(const Side<C>& side, C* totals, int32_t* expert);
 template <class C>
 void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates);
 
-// A stable sort of count entries by a key below keys: start [keys + 1] is where each key begins in order [count].
-void sort_by_key(const int64_t* key, int64_t count, int64_t keys, int32_t* start, int32_t* order);
-
 // out = in^T for in [rows, columns].
 template <class S>
 void transpose(const S* in, int64_t rows, int64_t columns, S* out);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../parallel.h"
+#include "mixing.h"
 #include "products.h"
 
 namespace monet::cpu {
@@ -190,40 +191,24 @@ void active_softmax(const T* logits, const Marks<T>& marks, const Pairs& pairs, 
 
 template <class T>
 void active_softmax_backward(const T* gates, const T* dgates, const Pairs& pairs, int64_t heads, T* dlogits) {
+  std::vector<int32_t> expert(pairs.count);
+  experts_of_pairs(pairs, expert.data());
+  const int64_t row = heads * pairs.experts;
   for_each_chunk(pairs.tokens, [&](int64_t, int64_t begin, int64_t end) {
+    std::memset(dlogits + begin * row, 0, (end - begin) * row * sizeof(T));
     std::vector<T> dot(heads);
     for (int64_t t = begin; t < end; ++t) {
       const int32_t *first = pairs.row_pair + pairs.row_start[t], *last = pairs.row_pair + pairs.row_start[t + 1];
       std::fill(dot.begin(), dot.end(), T{0});
       for (const int32_t* pair = first; pair != last; ++pair)
         for (int64_t h = 0, at = *pair * heads; h < heads; ++h) dot[h] += gates[at + h] * dgates[at + h];
-      for (const int32_t* pair = first; pair != last; ++pair)
+      for (const int32_t* pair = first; pair != last; ++pair) {
+        T* out = dlogits + t * row + expert[*pair];
         for (int64_t h = 0, at = *pair * heads; h < heads; ++h)
-          dlogits[at + h] = gates[at + h] * (dgates[at + h] - dot[h]);
+          out[h * pairs.experts] = gates[at + h] * (dgates[at + h] - dot[h]);
+      }
     }
   });
-}
-
-template <class T>
-int64_t count_active(const T* gates, int64_t pairs, int64_t heads) {
-  return pairs * heads - std::count(gates, gates + pairs * heads, T{0});
-}
-
-template <class T>
-void active_entries(
-    const T* gates, const T* dlogits, const Pairs& pairs, int64_t heads, int64_t count, int64_t* indices, T* values) {
-  int64_t entry = 0;
-  for (int64_t block = 0; block < pairs.blocks(); ++block)
-    for_each_group(pairs, block, [&](int64_t expert, int64_t first, int64_t last) {
-      for (int64_t pair = first; pair < last; ++pair)
-        for (int64_t h = 0; h < heads; ++h)
-          if (gates[pair * heads + h] != 0) {
-            indices[entry] = pairs.token[pair];
-            indices[count + entry] = h;
-            indices[2 * count + entry] = expert;
-            values[entry++] = dlogits[pair * heads + h];
-          }
-    });
 }
 
 template <class T>
@@ -308,8 +293,6 @@ template void head_moments(const double*, int64_t, int64_t, int64_t, double*);
   template void mark_active(const T*, const T*, int64_t, int64_t, int64_t, const Marks<T>&, int32_t*);           \
   template void active_softmax(const T*, const Marks<T>&, const Pairs&, int64_t, T*);                            \
   template void active_softmax_backward(const T*, const T*, const Pairs&, int64_t, T*);                          \
-  template int64_t count_active(const T*, int64_t, int64_t);                                                     \
-  template void active_entries(const T*, const T*, const Pairs&, int64_t, int64_t, int64_t*, T*);                \
   template void scatter_dense(const T*, const Pairs&, int64_t, T*);                                              \
   template void gather_dense(const T*, const Pairs&, int64_t, T*);                                               \
   template void sum_over_tokens(const T*, const Pairs&, int64_t, T*);                                            \

@@ -36,17 +36,10 @@ void place_pairs(
 template <class T>
 void active_softmax(const T* logits, const Marks<T>& marks, const Pairs& pairs, int64_t heads, T* gates);
 
-// dlogits = gates (dgates - sum over the row of gates dgates), all [pairs, heads].
+// The gradient of the softmax, dlogits [tokens, heads, experts]: gates (dgates - sum over the row of gates dgates) of the
+// pairs, 0 elsewhere.
 template <class T>
 void active_softmax_backward(const T* gates, const T* dgates, const Pairs& pairs, int64_t heads, T* dlogits);
-
-// The entries of dlogits [tokens, heads, experts] that may differ from 0: those whose gate does.
-template <class T>
-int64_t count_active(const T* gates, int64_t pairs, int64_t heads);
-// indices [3, count]: token, head, half-expert of each; values [count]. In the order of the pairs.
-template <class T>
-void active_entries(
-    const T* gates, const T* dlogits, const Pairs& pairs, int64_t heads, int64_t count, int64_t* indices, T* values);
 
 // Spreads values [pairs, heads] over dense [tokens, heads, experts], 0 elsewhere.
 template <class T>

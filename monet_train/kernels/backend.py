@@ -68,10 +68,10 @@ class Kernels:
     def router_logits(self, x: Tensor, weight: Tensor, heads: int) -> Tensor:
         """Logits [T, H, E] of one router side. See :func:`plain.router_logits`.
 
-        They may go straight into :meth:`route`: on the CPU the backward pass then touches active logits only. On a
-        GPU it takes the dense products: gathering rows of active logits would cost more than the work it saves.
+        The native backward pass multiplies by the logits that have a gradient: the active ones, where :meth:`route`
+        took the logits as they are. On a GPU it takes the dense products, as gathering rows would cost more.
         """
-        if x.device.type == "cpu" and self.is_native(x.device):
+        if x.dtype in NATIVE_TYPES and self.is_native(x.device):
             return compact.router_logits(x, weight, heads)
         return plain.router_logits(x, weight, heads)
 
@@ -141,6 +141,6 @@ def _why_not_native(device: torch.device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"none for {device.type}"
     reason = extension.missing()
-    if reason is None and device.type == "cuda" and not torch.ops.monet.built_for_cuda():
+    if reason is None and device.type == "cuda" and not extension.built_for_cuda():
         return "built without CUDA"
     return reason

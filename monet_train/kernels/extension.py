@@ -7,10 +7,23 @@ from pathlib import Path
 
 import torch
 
+from monet_train.kernels import fake
 
-@functools.cache
+
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Load the extension once. None when it can be used, else why not, in a few words."""
+    return _load()
+
+
+@torch.compiler.assume_constant_result
+def built_for_cuda() -> bool:
+    """Whether the extension has the kernels for GPUs. It must be loaded."""
+    return torch.ops.monet.built_for_cuda()
+
+
+@functools.cache
+def _load() -> str | None:
     library = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
     if library is None:
         return "not built"
@@ -21,4 +34,7 @@ def missing() -> str | None:
         return f"{library.name} does not load: {str(error).splitlines()[0]}"
     if built_with != torch.__version__:
         return f"built for torch {built_with}, this is {torch.__version__}: install again to rebuild"
+    if not all(hasattr(torch.ops.monet, name) for name in fake.OPERATIONS):
+        return "built from older sources: install again to rebuild"
+    fake.register()
     return None

@@ -51,7 +51,7 @@ def activation_threshold(mean: Tensor, var: Tensor, k: int, experts: int, eps: f
         thresholds [H], in the dtype of ``mean``.
     """
     tau = math.sqrt(2.0) * torch.erfinv(torch.tensor(1.0 - 2.0 * k / experts, dtype=torch.float64))
-    return mean + float(tau) * torch.sqrt(var + eps)
+    return mean + tau * torch.sqrt(var + eps)  # tau stays a tensor: its value would end the graph of a compiler
 
 
 def gates(z: Tensor, threshold: Tensor) -> Tensor:

@@ -81,12 +81,15 @@ class Attention(nn.Module):
         key = rotate(key, context.cos, context.sin)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
+        causal = context.mask is None
+        if query.shape[2] == 1:  # branched on, so that it is a bool also while a symbolic length is traced
+            causal = False
         mixed = F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=context.mask,
-            is_causal=context.mask is None and query.shape[2] > 1,
+            is_causal=causal,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

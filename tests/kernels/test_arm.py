@@ -13,7 +13,10 @@ from torch.utils.cpp_extension import include_paths
 from tests.support import REPOSITORY
 
 COMPILER = "aarch64-linux-gnu-g++"
-SOURCES = [*sorted((REPOSITORY / "csrc" / "cpu").glob("*.cpp")), REPOSITORY / "csrc" / "bindings" / "cpu.cpp"]
+SOURCES = [
+    *sorted((REPOSITORY / "csrc" / "cpu").glob("*.cpp")),
+    *(REPOSITORY / "csrc" / "bindings" / f"{name}.cpp" for name in ("schema", "autograd", "cpu")),
+]
 
 
 @pytest.mark.slow

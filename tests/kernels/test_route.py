@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -16,6 +17,19 @@ from monet_train.model.config import MonetConfig
 from monet_train.model.router import Router
 from monet_train.parallel.collectives import ALONE
 from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("k", "experts"), [(8, 512), (8, 256), (3, 7), (1, 2), (0.5, 1)])
+def test_threshold(k: float, experts: int, dtype: torch.dtype) -> None:
+    """The quantile is that of fp64, rounded once, and its computation can be compiled."""
+    mean, var = torch.linspace(-1, 1, 6, dtype=dtype), torch.linspace(0, 2, 6, dtype=dtype)
+    tau = float(math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * k / experts, dtype=torch.float64)))
+    assert tau == pytest.approx(NormalDist().inv_cdf(1 - k / experts), rel=1e-14, abs=1e-15)
+    expected = mean + tau * torch.sqrt(var + 1e-5)
+    compiled = torch.compile(plain.activation_threshold, backend="eager", fullgraph=True)
+    for function in (plain.activation_threshold, compiled):
+        assert torch.equal(function(mean, var, k, experts, 1e-5), expected)
 
 
 @dataclass

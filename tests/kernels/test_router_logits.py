@@ -1,4 +1,4 @@
-"""The projection of the router, whose backward pass is sparse."""
+"""The projection of the router, whose backward pass visits active logits only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from monet_train.kernels import AUTO, Kernels, plain
-from tests.kernels.conftest import fixed_weights, normal_threshold
+from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
 
 SIZES = {  # T, d, H, E, k
-    "odd sizes": (37, 33, 3, 23, 3),
+    "odd sizes": (37, 33, 3, 43, 3),
     "one token": (1, 40, 6, 64, 4),
     "zero tokens": (0, 8, 2, 16, 2),
     "several token blocks": (1100, 20, 2, 30, 2),
     "several column chunks": (20, 530, 2, 30, 2),
+    "half of the logits active": (20, 24, 2, 32, 16),
 }
 
 
@@ -47,8 +48,8 @@ def gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_gradients(size: tuple[int, int, int, int, float], dtype: torch.dtype) -> None:
-    x, weight, threshold = inputs(size, dtype)
+def test_gradients(size: tuple[int, int, int, int, float], dtype: torch.dtype, backend: Backend) -> None:
+    x, weight, threshold = (tensor.to(backend.device) for tensor in inputs(size, dtype))
     expected = gradients(plain.router_logits, x, weight, threshold)
     found = gradients(AUTO.router_logits, x.to(dtype), weight.to(dtype), threshold)
     for value, reference in zip(found, expected, strict=True):
@@ -70,26 +71,29 @@ def test_bf16() -> None:
         torch.testing.assert_close(value, reference, rtol=2**-6, atol=2**-6 * reference.abs().max().item())
 
 
-def test_gradient_is_sparse_only_on_the_straight_way() -> None:
-    """Whatever stands between the projection and the router gets a dense gradient, and the sum with one is right."""
-    x, weight, threshold = inputs(SIZES["odd sizes"], torch.float64)
-    seen: list[bool] = []
+def products(logits: Callable[[Tensor, Tensor, int], Tensor], size: str) -> tuple[int, tuple[Tensor, Tensor]]:
+    """Dense products in the backward pass, and the gradients."""
+    x, weight, threshold = inputs(SIZES[size], torch.float64)
+    with torch.profiler.profile() as profile:
+        found = gradients(logits, x, weight, threshold)
+    torch.testing.assert_close(found, gradients(plain.router_logits, x, weight, threshold))
+    return sum(event.count for event in profile.key_averages() if event.key == "aten::mm"), found
 
-    def hooked(between: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, int], Tensor]:
-        def logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-            z = AUTO.router_logits(x, weight, heads)
-            z.register_hook(lambda gradient: seen.append(gradient.is_sparse))
-            return between(z)
 
-        return logits
+@pytest.mark.parametrize("size", ["odd sizes", "several token blocks"])
+def test_only_active_logits_are_multiplied(size: str) -> None:
+    """Whatever stands between the projection and the router passes the zeros on."""
+    of_the_definition, _ = products(plain.router_logits, size)
+    straight, first = products(AUTO.router_logits, size)
+    between, second = products(lambda *args: AUTO.router_logits(*args).clone(), size)
+    forward = 1
+    assert (straight, between) == (forward, forward)
+    assert of_the_definition == 3 * forward
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    straight = gradients(hooked(lambda z: z), x, weight, threshold)
-    doubled = gradients(hooked(lambda z: 2 * z), x, weight, 2 * threshold)
-    assert seen == [True, False]
-    torch.testing.assert_close(
-        doubled, gradients(lambda *args: 2 * plain.router_logits(*args), x, weight, 2 * threshold)
-    )
-    torch.testing.assert_close(straight, gradients(plain.router_logits, x, weight, threshold))
+
+def test_a_gradient_with_few_zeros_takes_the_dense_products() -> None:
+    assert products(AUTO.router_logits, "half of the logits active")[0] == 3
 
 
 def test_sum_with_a_dense_gradient() -> None:

@@ -19,29 +19,27 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from monet_train.kernels import fake
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 BUILD = HERE.parents[2] / "build" / "cuda_emulation"
 NAME = "monet_emulated"
+BINDINGS = ("schema", "autograd", "cuda")
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-I{HERE}"]
 
 
 def missing() -> str | None:
-    """None where the emulation can be built, else why not. The extension must be loaded: it has the schemas."""
+    """None where the emulation can be built, else why not."""
     return None if shutil.which(_compiler()) else f"no C++ compiler: {_compiler()} not found"
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, built if its sources have changed; its operations are registered."""
-    schemas = torch.library.Library(NAME, "DEF")
-    load.schemas = schemas  # type: ignore[attr-defined]  # they last as long as this object
-    for operation in torch._C._dispatch_get_all_op_names():
-        if operation.startswith("monet::"):
-            schema = getattr(torch.ops.monet, operation.removeprefix("monet::")).default._schema
-            schemas.define(str(schema).removeprefix("monet::"))
     library = _build()
     torch.ops.load_library(library)
+    fake.register(NAME)
     return ctypes.CDLL(str(library))
 
 
@@ -50,8 +48,12 @@ def _compiler() -> str:
 
 
 def _build() -> Path:
-    sources = [HERE / "emulation.cpp", CSRC / "bindings" / "cuda.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
-    headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("bindings/*.h"), *CSRC.glob("cuda/*.*h")]
+    sources = [
+        HERE / "emulation.cpp",
+        *(CSRC / "bindings" / f"{name}.cpp" for name in BINDINGS),
+        *sorted((CSRC / "cuda").glob("*.cu")),
+    ]
+    headers = [*HERE.glob("*.h"), *CSRC.glob("*.h"), *CSRC.glob("bindings/*.[hi]*"), *CSRC.glob("cuda/*.*h")]
     state = hashlib.sha256(f"{torch.__version__} {_compiler()} {FLAGS}".encode())
     for path in sorted([*sources, *headers]):
         state.update(path.read_bytes())
@@ -62,7 +64,7 @@ def _build() -> Path:
     library.parent.mkdir(parents=True)
     framework = [f"-isystem{path}" for path in include_paths()]
     framework += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    framework += [f"-DMONET_CUDA_LIBRARY={NAME}", "-DMONET_CUDA_DEVICE=CPU"]
+    framework += [f"-DMONET_LIBRARY={NAME}", "-DMONET_CUDA_DEVICE=CPU", '-DMONET_TORCH_VERSION="any"']
 
     def compile_one(source: Path) -> str:
         target = library.parent / f"{source.name}.o"
