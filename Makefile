@@ -1,6 +1,7 @@
 # make quickstart   set up, then train, export and sample a small Monet on real text
 # make test         set up, then all tests
-# make test-fast    set up, then the tests for every day (two minutes): none that is slow, or wants several processes, Slurm or a GPU
+# make test-fast    set up, then the tests for every day, in two minutes: none that needs long, several processes,
+#                  Slurm or a GPU
 # make install      set up alone: .venv/ with the monet-* commands
 # make lint         ruff and mypy
 # make clean        remove what quickstart made

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.support.ports import free_ports
 
-TOOLS = ("sbatch", "scancel", "sinfo", "squeue", "slurmctld", "slurmd", "munged", "unshare")
+TOOLS = ("sbatch", "scancel", "sinfo", "squeue", "slurmctld", "slurmd", "munged", "setpriv", "unshare")
 GPUS = 8
 START_SECONDS = 30
 STOP_SECONDS = 20
@@ -152,12 +152,11 @@ class LocalSlurm:
         (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{names}")
 
     def _spawn(self, *arguments: str | Path) -> None:
+        """Start a daemon that ends with this process, even if this process is killed."""
+        command = ["setpriv", "--pdeathsig", "TERM", *arguments]
         with (self.folder / "log" / "output.log").open("ab") as log:
-            self.daemons.append(
-                subprocess.Popen(
-                    arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-            )  # fmt: skip
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.daemons.append(subprocess.Popen(command, **streams, start_new_session=True))
 
     def _ask(self, *arguments: str) -> list[str]:
         """The words that one of Slurm's commands prints; none while the controller does not answer."""
