@@ -304,7 +304,7 @@ def load(arguments: argparse.Namespace) -> None:
     for step in range(steps + 1):
         if step == 1:
             batches.wait_seconds = 0.0  # the first batch has nobody to read it ahead
-        for _ in batches.of(step):
+        for _ in list(batches.read(step)):  # as the trainer, which counts the targets of a step first
             time.sleep(arguments.step_seconds / batches.micro_steps)
     batches.close()
     share = batches.wait_seconds / (steps * arguments.step_seconds)

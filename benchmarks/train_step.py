@@ -27,10 +27,10 @@ from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.planning.devices import peak_flops
 from monet_train.planning.flops import training_flops_per_token
+from monet_train.training.callbacks.utilisation import work_done
 from monet_train.training.engine import build_engine, set_learning_rate
-from monet_train.training.objective import Objective
-from monet_train.training.optimizer import learning_rate
-from monet_train.training.setup import work_done
+from monet_train.training.objective import LanguageModelling
+from monet_train.training.schedules import learning_rate
 
 ROOT = Path(__file__).parents[1]
 COMPARED_STEPS = 20
@@ -53,7 +53,7 @@ class Stepper:
         )
         self.engine = build_engine(model, config, topology)
         self.engine.train()
-        self.objective = Objective.of(config.train)
+        self.objective = LanguageModelling(config.train.uniformity_weight, config.train.ambiguity_weight)
         self.step = 0
         self.active: list[list[float]] = []  # of every router in the last micro-step: half-experts a token, by side
 
@@ -64,7 +64,7 @@ class Stepper:
         losses = []
         for tokens in batches(self.step, self.config, self.device):
             output = self.engine(tokens[:, :-1], targets=tokens[:, 1:], keep_logits=False)
-            total, metrics = self.objective(output)
+            total, metrics = self.objective(output, torch.tensor(tokens[:, 1:].numel(), dtype=torch.float64))
             self.engine.backward(total)
             self.engine.step()
             losses.append(metrics[0])

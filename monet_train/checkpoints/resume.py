@@ -54,8 +54,10 @@ def check_same_run(checkpoint: Path, identity: dict[str, dict[str, Any]]) -> Non
     """Refuse to resume from a checkpoint of another model, data or topology, naming the first difference."""
     saved = Description.read(checkpoint).identity
     for section, values in identity.items():
-        for key in values | saved.get(section, {}):
-            before, now = saved.get(section, {}).get(key), values.get(key)
+        if section not in saved:
+            continue  # of a checkpoint older than the section
+        for key in values | saved[section]:
+            before, now = saved[section].get(key), values.get(key)
             if before != now:
                 raise UserError(
                     f"{checkpoint} was trained with {section}.{key}={before}, this configuration has {now}; "
@@ -81,6 +83,6 @@ def restore(training: TrainingState, checkpoint: Path) -> None:
     raise_together(error)
     set_random_state(state["random"])
     for callback in training.callbacks:
-        if saved := state["callbacks"].get(type(callback).__name__):
+        if saved := state["callbacks"].get(callback.name):
             callback.load_state_dict(saved)
     training.step = Description.read(checkpoint).step

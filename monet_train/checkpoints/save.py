@@ -82,7 +82,7 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         training.engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        states = {type(callback).__name__: callback.state_dict() for callback in training.callbacks}
+        states = {callback.name: callback.state_dict() for callback in training.callbacks}
         torch.save({"random": random_state(), "callbacks": states}, partial / rank_file(dist.get_rank()))
         model = training.engine.module
         state = full_state_dict(model, training.topology, self.zero_stage)

@@ -9,7 +9,10 @@ from monet_train.parallel.groups import Topology
 
 
 class Stateful(Protocol):
-    """A callback: it owns its state."""
+    """A callback: it owns its state, which is saved under its name."""
+
+    @property
+    def name(self) -> str: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

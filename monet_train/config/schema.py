@@ -44,8 +44,12 @@ class DataSection:
 
 @dataclass
 class OptimizerSection:
-    """AdamW. The paper gives the learning rate (set beside each model size); the rest is what the field uses."""
+    """The optimizer, which the group ``optimizer`` chooses.
 
+    The paper gives AdamW and the learning rate (set beside each model size); the rest is what the field uses.
+    """
+
+    name: str = not_empty(MISSING)  # in training/optimizers.py
     lr: float = at_least(0, default=5e-4)
     betas: tuple[float, float] = bounded(
         lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
@@ -59,8 +63,12 @@ class OptimizerSection:
 
 @dataclass
 class ScheduleSection:
-    """Linear warm-up, then cosine decay to ``final`` of the peak: not published, but what the field does."""
+    """How the learning rate moves, which the group ``schedule`` chooses.
 
+    Linear warm-up to the peak, then cosine decay to ``final`` of it: not published, but what the field does.
+    """
+
+    name: str = not_empty(MISSING)  # in training/schedules.py
     warmup_steps: int = at_least(0, default=0)
     final: float = share(0.1, of="optimizer.lr")
 
@@ -148,3 +156,4 @@ class TrainConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
     kernels: str = one_of("auto", "native", "plain", default="auto")
+    callbacks: list[str] = field(default_factory=list)  # names of callbacks that installed packages offer

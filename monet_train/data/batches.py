@@ -17,14 +17,37 @@ import torch
 
 from monet_train.data.packing import TokenSequence
 from monet_train.errors import UserError
+from monet_train.model.transformer import IGNORED
 
 
 class Batch(NamedTuple):
-    """``b`` sequences. ``segment_ids`` and ``positions`` are None unless data.reset_* asks for them."""
+    """``b`` sequences: the fields of :class:`TokenSequence`, stacked."""
 
     tokens: torch.Tensor  # int64 [b, S+1]
     segment_ids: torch.Tensor | None  # int64 [b, S]
     positions: torch.Tensor | None  # int64 [b, S]
+    loss_mask: torch.Tensor | None = None  # bool [b, S]
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """int64 [b, S]."""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The token that follows each input, or -100 where it does not count; int64 [b, S]."""
+        following = self.tokens[:, 1:]
+        return following if self.loss_mask is None else following.masked_fill(~self.loss_mask, IGNORED)
+
+    def counted_targets(self) -> int:
+        """How many targets the loss counts."""
+        return self.tokens[:, 1:].numel() if self.loss_mask is None else int(self.loss_mask.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        tokens, *others = (tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        assert tokens is not None
+        return Batch(tokens, *others)
 
 
 def micro_steps(global_batch_size: int, micro_batch_size: int, data_size: int) -> int:
@@ -53,17 +76,33 @@ def indices(
 
 
 def collate(sequences: list[TokenSequence]) -> Batch:
-    """Stack sequences along a new first axis."""
-    first = sequences[0]
+    """Stack sequences along a new first axis. All have segments (positions) or none has; a mask may be that of some."""
     return Batch(
         torch.stack([sequence.tokens for sequence in sequences]),
-        None if first.segment_ids is None else torch.stack([s.segment_ids for s in sequences]),  # type: ignore[misc]
-        None if first.positions is None else torch.stack([s.positions for s in sequences]),  # type: ignore[misc]
+        _stack([sequence.segment_ids for sequence in sequences]),
+        _stack([sequence.positions for sequence in sequences]),
+        _stack_masks(sequences),
+    )
+
+
+def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
+
+
+def _stack_masks(sequences: list[TokenSequence]) -> torch.Tensor | None:
+    if all(sequence.loss_mask is None for sequence in sequences):
+        return None
+    return torch.stack(
+        [
+            torch.ones(len(sequence.tokens) - 1, dtype=torch.bool) if sequence.loss_mask is None else sequence.loss_mask
+            for sequence in sequences
+        ]
     )
 
 
 class MicroBatches:
-    """The micro-batches of a data rank, read ahead by a thread. Steps may be asked for in any order; going on is fast.
+    """The micro-batches of a data rank, read ahead by a thread. Steps may be asked for in any order; the next is fast.
 
     ``wait_seconds`` adds up the time that the caller waited for data.
     """
@@ -93,7 +132,7 @@ class MicroBatches:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._queue: deque[tuple[int, Future[Batch]]] = deque()  # (micro-step of the run, its batch)
 
-    def of(self, step: int) -> Iterator[Batch]:
+    def read(self, step: int) -> Iterator[Batch]:
         """The micro-batches of ``step``, in order."""
         for number in range(step * self.micro_steps, (step + 1) * self.micro_steps):
             yield self._take(number)

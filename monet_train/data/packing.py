@@ -39,6 +39,7 @@ class TokenSequence(NamedTuple):
     tokens: torch.Tensor  # int64 [S+1]
     segment_ids: torch.Tensor | None  # int64 [S], number of the document piece; with data.reset_attention
     positions: torch.Tensor | None  # int64 [S], from 0 in each document piece; with data.reset_positions
+    loss_mask: torch.Tensor | None = None  # bool [S], which targets the loss counts; None: all
 
 
 class Piece(NamedTuple):

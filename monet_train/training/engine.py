@@ -12,7 +12,7 @@ from monet_train.config.schema import TrainConfig
 from monet_train.model.experts import Experts
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.groups import Topology
-from monet_train.training.optimizer import build_optimizer
+from monet_train.training.optimizers import build_optimizer
 
 
 def deepspeed_config(config: TrainConfig, data_size: int) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def deepspeed_config(config: TrainConfig, data_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip,
         "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": config.zero.stage},
+        "zero_allow_untested_optimizer": True,  # the table of optimizers is ours
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -89,7 +90,8 @@ def _forget_initial_step(engine: Any) -> None:
     # leaves Adam's step count at 1, which halves the first update.
     if engine.zero_optimization_stage() == 0 and engine.bfloat16_enabled():
         for state in engine.basic_optimizer.state.values():
-            state["step"].zero_()
+            if "step" in state:
+                state["step"].zero_()
 
 
 def _register_expert_weights(model: MonetForCausalLM) -> None:

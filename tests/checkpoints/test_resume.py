@@ -43,7 +43,7 @@ def test_killed_while_saving_then_stopped_by_sigterm(shards: Path, tmp_path: Pat
     assert not list(checkpoints.glob("partial_*"))
 
     done = launch(interrupted)
-    assert f"goes on after step {stopped_after}" in done.stdout
+    assert f"resumes after step {stopped_after}" in done.stdout
     same_as_never_stopped(run, tmp_path / "whole")
     assert folders(checkpoints) == ["step_00000016", "step_00000020"]
     assert (checkpoints / "latest").read_text() == "step_00000020\n"
@@ -60,7 +60,7 @@ def test_killed_with_zero_3_on_two_ranks(shards: Path, tmp_path: Path) -> None:
     assert folders(tmp_path / "run" / "checkpoints") == ["partial_step_00000008", "step_00000004"]
 
     done = launch(killed, processes=2)
-    assert "goes on after step 4" in done.stdout
+    assert "resumes after step 4" in done.stdout
     same_as_never_stopped(tmp_path / "run", tmp_path / "whole")
 
 

@@ -27,7 +27,7 @@ def layout(global_batch: int, micro_batch: int, data_size: int, step: int) -> li
     for rank in range(data_size):
         shape = {"global_batch_size": global_batch, "micro_batch_size": micro_batch, "data_size": data_size}
         batches = MicroBatches(Numbered(), steps=step + 1, data_rank=rank, **shape)
-        ranks.append([batch.tokens[:, 0].tolist() for batch in batches.of(step)])
+        ranks.append([batch.tokens[:, 0].tolist() for batch in batches.read(step)])
         batches.close()
     return [[i for rank in ranks for i in rank[j]] for j in range(len(ranks[0]))]
 
@@ -47,7 +47,7 @@ def test_reading_ahead_changes_nothing() -> None:
 
     try:
         for step in (0, 1, 2, 7, 3, 4):  # also jumps, as after a resume or a skipped step
-            for batch, expected in zip(ahead.of(step), read_now(step), strict=True):
+            for batch, expected in zip(ahead.read(step), read_now(step), strict=True):
                 assert torch.equal(batch.tokens, expected.tokens)
                 assert torch.equal(batch.segment_ids, expected.segment_ids)
                 assert batch.positions is None and batch.tokens.dtype == torch.int64
@@ -60,7 +60,7 @@ def test_nothing_is_read_beyond_the_last_step() -> None:
     dataset = Numbered()
     ahead = MicroBatches(dataset, steps=3, global_batch_size=4, micro_batch_size=2, data_rank=0, data_size=1, ahead=4)
     for step in range(3):
-        list(ahead.of(step))
+        list(ahead.read(step))
     ahead.close()
     assert dataset.read == list(range(12))
 
@@ -73,9 +73,9 @@ def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
             return super().__getitem__(index)
 
     ahead = MicroBatches(Broken(), steps=2, global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1)
-    assert len(list(ahead.of(0))) == 1
+    assert len(list(ahead.read(0))) == 1
     with pytest.raises(UserError, match="bad shard"):
-        list(ahead.of(1))
+        list(ahead.read(1))
     ahead.close()
 
 

@@ -20,7 +20,7 @@ from monet_train.model.sharding import build_model
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import read_launch, start_process_group, stop_process_group
 from monet_train.train import main
-from monet_train.training.callbacks.base import Callback
+from monet_train.training.loop import Callback, Phase
 from monet_train.training.setup import build_trainer
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 class KilledWhileSaving(Callback):
     """Kills its process in the middle of writing the checkpoint of ``step``: when the callbacks' states are asked."""
+
+    name = "killed_while_saving"
+    phase = Phase.CONTROL
 
     def __init__(self, step: int) -> None:
         self.step = step

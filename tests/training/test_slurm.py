@@ -73,7 +73,7 @@ def test_a_job_that_is_signalled_saves_requeues_itself_and_goes_on(
     assert "Restarts=1" in state, text
     assert "start 1: 2 tasks" in text
     assert "start 2: 2 tasks" in text
-    (resumed_after,) = re.findall(r"goes on after step (\d+)", text)
+    (resumed_after,) = re.findall(r"resumes after step (\d+)", text)
     assert 2 <= int(resumed_after) < STEPS
 
     train_in_turn([[*overrides, f"run.dir={tmp_path / 'plain'}"]], processes=2)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 
 from monet_train.config.compose import compose
 from monet_train.planning.flops import ForwardFlops, WorkDone, training_flops_per_token
-from monet_train.training.callbacks.utilisation import Utilisation
+from monet_train.training.callbacks.routers import RouterUsage
+from monet_train.training.callbacks.utilisation import Utilisation, Work
+from monet_train.training.records import Record, Timing
 
 
 def test_utilisation() -> None:
@@ -17,17 +18,24 @@ def test_utilisation() -> None:
     config = replace(compose(["data.path=shards", "model=nano"]).model, num_hidden_layers=5, moe_groups=2)
     work = WorkDone(rows_skipped=True, mixing_skipped=True, causal=False, recompute=False, copies=1)
     dense, everything = training_flops_per_token(config, 64), float(config.moe_experts)
-    record: dict[str, Any] = {f"router/{layer}/active": [everything] * 2 for layer in (0, 2, 4)}
-    record["tokens_per_second"] = 10.0
-    Utilisation(config, 64, work, peak_flops=40 * dense).on_step(None, record)
+
+    def measured(peak: float | None, second: float = everything) -> Work:
+        active = [[everything] * 2, [second] * 2, [everything] * 2]
+        record = Record(step=1, tokens=64)
+        record.add(RouterUsage([0, 2, 4], active, active, active))
+        record.add(Timing(lr=0.0, grad_norm=0.0, step_seconds=6.4, data_seconds=0.0, tokens_per_second=10.0))
+        Utilisation(config, 64, work, peak).on_step(None, record)
+        assert record.figures().items() >= asdict(record.get(Work)).items()
+        return record.get(Work)
+
+    known = measured(peak=40 * dense)
     share = 2 * 2 * 3 * (1 - 1 / config.moe_heads) * config.hidden_size * 2 * config.moe_heads * config.moe_experts
-    assert record["mfu"] == pytest.approx(0.25)
-    assert record["flops_per_token"] == pytest.approx(dense - share)  # one logit of each half-expert has a gradient
-    assert record["hfu"] == pytest.approx(0.25 * record["flops_per_token"] / dense)
-    Utilisation(config, 64, work, peak_flops=None).on_step(None, record)
-    assert record["mfu"] is record["hfu"] is None
-    record["router/2/active"] = [0.0, 0.0]
-    Utilisation(config, 64, work, peak_flops=None).on_step(None, record)
+    assert known.mfu == pytest.approx(0.25)
+    assert known.flops_per_token == pytest.approx(dense - share)  # one logit of each half-expert has a gradient
+    assert known.hfu == pytest.approx(0.25 * known.flops_per_token / dense)
+    unknown = measured(peak=None)
+    assert unknown.mfu is unknown.hfu is None
+    less = measured(peak=None, second=0.0)
     experts = ForwardFlops.of(config, 64).experts
     fewer = 2 * 3 * sum(experts.up + experts.down + experts.mixing)
-    assert dense - share - record["flops_per_token"] > fewer  # both layers of that router do less
+    assert dense - share - less.flops_per_token > fewer  # both layers of that router do less

@@ -1,5 +1,1 @@
-"""Everything that accompanies training without being the loop: what is shown, written, checked and saved."""
-
-from monet_train.training.callbacks.base import Callback, Record
-
-__all__ = ["Callback", "Record"]
+"""What a run does besides training: measured, written, evaluated and saved. :mod:`.table` has them all."""

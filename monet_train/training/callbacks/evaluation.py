@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Self
 
 from monet_train.data.batches import MicroBatches
-from monet_train.training.callbacks.base import Callback, Record
+from monet_train.training.loop import Callback, Phase, Trainer
+from monet_train.training.prepared import Prepared
+from monet_train.training.records import Record
 
 
 class Evaluation(Callback):
-    """Mean cross-entropy on held-out sequences, every ``every`` steps (0: not between) and after the last one.
+    """Evaluates on held-out sequences every ``every`` steps (0: not between) and after the last one.
 
-    The router takes its running statistics here. ``batches`` holds all the sequences as its step 0.
+    ``batches`` holds all the sequences as its step 0.
     """
+
+    name = "evaluation"
+    phase = Phase.EVALUATE
 
     def __init__(self, batches: MicroBatches, every: int) -> None:
         self.batches, self.every = batches, every
 
-    def on_step(self, trainer, record: Record) -> None:
+    @classmethod
+    def build(cls, prepared: Prepared) -> Self | None:
+        every, batches = prepared.config.eval.every, prepared.held_out_batches()
+        return None if every is None or batches is None else cls(batches, every)
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
         last = trainer.step == trainer.total_steps
-        if not last and (self.every == 0 or trainer.step % self.every):
-            return
-        evaluation = {"step": trainer.step, "tokens": record["tokens"], "eval_loss": self._loss(trainer)}
-        for callback in trainer.callbacks:
-            callback.on_evaluation(trainer, evaluation)
+        if last or (self.every and trainer.step % self.every == 0):
+            trainer.evaluate(self.batches)
 
     def close(self) -> None:
         self.batches.close()
-
-    @torch.no_grad()
-    def _loss(self, trainer) -> float:
-        trainer.engine.eval()
-        losses = [trainer.forward(batch).loss.double() for batch in self.batches.of(0)]
-        trainer.engine.train()
-        return trainer.mean_over_data(torch.stack(losses).mean()).item()

@@ -1,22 +1,31 @@
-"""metrics.jsonl: one line a step and an evaluation."""
+"""metrics.jsonl: one line per step and per evaluation."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
-from monet_train.training.callbacks.base import Callback, Record
+from monet_train.training.loop import Callback, Phase, Trainer
+from monet_train.training.prepared import Prepared
+from monet_train.training.records import Record
 
 
 class MetricsFile(Callback):
     """Appends records to a JSON-lines file; on resume, lines after the resumed step are dropped first."""
 
+    name = "metrics_file"
+    phase = Phase.WRITE
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: IO[str] | None = None
 
-    def on_start(self, trainer) -> None:
+    @classmethod
+    def build(cls, prepared: Prepared) -> Self | None:
+        return cls(prepared.folder / "metrics.jsonl") if prepared.launch.is_main else None
+
+    def on_start(self, trainer: Trainer) -> None:
         kept = []
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step(line) <= trainer.step]
@@ -25,10 +34,10 @@ class MetricsFile(Callback):
         partial.replace(self.path)
         self.file = self.path.open("a", buffering=1)
 
-    def on_step(self, trainer, record: Record) -> None:
+    def on_step(self, trainer: Trainer, record: Record) -> None:
         self._write(record)
 
-    def on_evaluation(self, trainer, record: Record) -> None:
+    def on_evaluation(self, trainer: Trainer, record: Record) -> None:
         self._write(record)
 
     def close(self) -> None:
@@ -38,7 +47,7 @@ class MetricsFile(Callback):
 
     def _write(self, record: Record) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps(record.figures()) + "\n")
 
 
 def _step(line: str) -> float:

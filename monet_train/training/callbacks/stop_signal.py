@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-from monet_train.training.callbacks.base import Callback
+from monet_train.training.loop import Callback, Phase, Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -13,17 +13,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopSignal(Callback):
     """Remembers a stop signal of this process; the loop asks all ranks at the end of each step."""
 
+    name = "stop_signal"
+    phase = Phase.CONTROL
+
     def __init__(self) -> None:
         self.stopped = False
 
-    def on_start(self, trainer) -> None:
+    def on_start(self, trainer: Trainer) -> None:
         def request(number: int, frame: FrameType | None) -> None:
-            trainer.stop_requested = True
+            trainer.request_stop()
 
         for number in SIGNALS:
             signal.signal(number, request)
 
-    def on_end(self, trainer) -> None:
+    def on_end(self, trainer: Trainer) -> None:
         self.stopped = trainer.step < trainer.total_steps
 
     def close(self) -> None:
