@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from monet_train.training.optimizer import build_optimizer
+from monet_train.training.optimizers import build_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -194,7 +194,7 @@ def test_initial_biases_are_zero_and_exempt_from_weight_decay(
     moe_decompose: str, config: MonetConfig, build: Callable[..., MonetForCausalLM]
 ) -> None:
     model = build(config)
-    exempt = {id(p) for p in build_optimizer(model, OptimizerSection()).param_groups[1]["params"]}
+    exempt = {id(p) for p in build_optimizer(model, OptimizerSection(name="adamw")).param_groups[1]["params"]}
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         is_bias = leaf in ("bias", *decomposition(moe_decompose).biases)
