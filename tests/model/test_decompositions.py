@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from monet_train.training.optimizers import build_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +33,7 @@ from monet_train.model.sharding import check_tensor_size
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.collectives import ALONE, Collectives
 from monet_train.planning.flops import forward_flops_per_token
+from monet_train.training.optimizers import build_optimizer
 from tests.model.conftest import tokens
 
 TOKENS, HEADS, EXPERTS = 5, 3, 8
