@@ -37,6 +37,7 @@ def run_ranks(
     """
     clean = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    clean |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # the process that forks must not initialise CUDA
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         outputs = [Path(name) / str(rank) for rank in range(ranks)]
