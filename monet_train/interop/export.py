@@ -30,7 +30,7 @@ from monet_train.checkpoints.weights import (
 from monet_train.errors import UserError, one_line_errors
 from monet_train.interop import hf
 from monet_train.interop.card import model_card
-from monet_train.interop.export_tokenizer import write_tokenizer
+from monet_train.interop.export_tokenizer import has_chat_template, write_tokenizer
 from monet_train.kernels import plain
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
@@ -170,6 +170,8 @@ def main() -> None:
     print(f"exported {source} to {arguments.out} ({size / 2**20:,.1f} MiB)")
     if tokenizer is None:
         print("without a tokenizer: the checkpoint holds none and --tokenizer names none")
+    elif has_chat_template(arguments.out):
+        print('its chat template: apply_chat_template(..., tokenizer_kwargs={"split_special_tokens": False})')
 
 
 if __name__ == "__main__":

@@ -108,6 +108,11 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer of an export has a chat template, whose special tokens are to be read as such."""
+    return (folder / CHAT_TEMPLATE).is_file() or "chat_template" in read_companion(folder / TOKENIZER_CONFIG)
+
+
 def _compare(tokenizer: Tokenizer, folder: Path, added: list[str]) -> None:
     """Refuse an export whose ``AutoTokenizer`` makes other ids than the shards have."""
     from transformers import AutoTokenizer, PretrainedConfig

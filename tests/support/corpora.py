@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +42,21 @@ def documents_of(folder: Path, tokenizer: Tokenizer) -> list[str]:
             assert tokens[-1] == tokenizer.record.eos_id and tokens.count(tokenizer.record.eos_id) == 1
             texts.append(tokenizer.decode(tokens[:-1]))
     return texts
+
+
+def real_texts() -> list[str]:
+    """Real text that every Python has: the sources of some standard modules."""
+    import argparse
+    import ast
+    import difflib
+    import email.message
+    import encodings.idna
+    import json.decoder
+    import locale
+    import statistics
+    import this
+    import unicodedata
+
+    modules = (argparse, ast, difflib, email.message, encodings.idna, json.decoder, locale, statistics, this, textwrap)
+    names = " ".join(unicodedata.lookup(f"CYRILLIC SMALL LETTER {n}") for n in ("A", "BE", "VE", "YA"))
+    return [*(inspect.getsource(module) for module in modules), names, "数学と言語", "<|code|>x = 1\n\n<|code|> end"]

@@ -1,8 +1,6 @@
 """SentencePiece models as tokenizer.json: the same ids and the same text, in our hands and in transformers."""
 
-import inspect
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from monet_train.tokenizers import load_tokenizer
 from monet_train.tokenizers.convert_sentencepiece import convert_sentencepiece, equally_probable
 from monet_train.tokenizers.probes import PROBES, probe_texts
 from tests.support import GOLDEN
+from tests.support.corpora import real_texts
 
 CODE = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
 KINDS: dict[str, dict[str, object]] = {
@@ -36,25 +35,7 @@ KINDS: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def sources() -> list[str]:
-    """Real text that every Python has: the sources of some standard modules."""
-    import argparse
-    import ast
-    import difflib
-    import email.message
-    import encodings.idna
-    import json.decoder
-    import locale
-    import statistics
-    import this
-    import unicodedata
-
-    modules = (argparse, ast, difflib, email.message, encodings.idna, json.decoder, locale, statistics, this, textwrap)
-    names = " ".join(unicodedata.lookup(f"CYRILLIC SMALL LETTER {n}") for n in ("A", "BE", "VE", "YA"))
-    return [*(inspect.getsource(module) for module in modules), names, "数学と言語", "<|code|>x = 1\n\n<|code|> end"]
-
-
-TEXTS = sources()
+TEXTS = real_texts()
 
 
 @pytest.fixture(scope="session")
