@@ -285,7 +285,7 @@ def row(workload: str, mode: str, tokens: int, seconds: dict[str, float]) -> dic
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a row: milliseconds of ours, and how many times as long the others took."""
+    """One line per row: milliseconds of ours, and how many times as long the others took."""
     names = sorted({name for found in rows for name in found["milliseconds"]} - {"native"})
     lines = [["workload", "mode", "tokens", "native ms", *names, "peak MB", "plain", "kept MB", "plain"]]
     for found in rows:

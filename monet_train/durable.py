@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, also after a power loss."""
+"""Files that are either complete or absent, also after a power loss."""
 
 from __future__ import annotations
 

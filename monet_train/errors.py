@@ -41,7 +41,7 @@ def one_line_errors(main: Callable[[], T], rank: int = 0) -> Callable[[], T]:
     """Decorate a console entry point: a :class:`UserError` becomes one line and exit status 2, Ctrl-C 130.
 
     So does a full disk, and a name that is too long for any file system, wherever they are first met. An output that
-    is closed before everything was written (``| head``) ends the command without a word, status 141, as SIGPIPE would.
+    is closed before everything was written (``| head``) ends the command silently, status 141, as SIGPIPE would.
 
     Of several processes the one of rank 0 prints, and whichever has an error of its own; all end with the same status.
     """

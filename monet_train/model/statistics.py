@@ -49,7 +49,7 @@ class LogitStatistics(FullPrecision):
 
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` logits a head (var is biased)."""
+        """Move the running statistics towards those of a batch of ``count`` logits per head (var is biased)."""
         unbiased = var * count / (count - 1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)

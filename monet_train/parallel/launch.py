@@ -29,7 +29,7 @@ class Launch:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise UserError(
-                f"rank {self.rank} of {self.world_size} processes cannot be; start with torchrun, srun or the "
+                f"rank {self.rank} of {self.world_size} processes is not possible; start with torchrun, srun or the "
                 "deepspeed launcher, or unset RANK and WORLD_SIZE"
             )
 
@@ -81,7 +81,7 @@ def resolve_device(name: str, launch: Launch) -> torch.device:
     if launch.local_rank >= visible:
         raise UserError(
             f"local rank {launch.local_rank} has no GPU of its own ({visible} visible); "
-            "start as many processes a node as it has GPUs",
+            "start as many processes per node as it has GPUs",
             alone=launch.local_rank == visible,
         )
     return torch.device("cuda", launch.local_rank)

@@ -1,7 +1,7 @@
 """``events.jsonl`` in the run folder: what happened to a run, one JSON line per event.
 
 Lines are only ever appended, also by a run that resumes: a ``resume`` line with step s says that the steps after s,
-whose lines may stand above it, are done again. So nothing is lost, and nothing is there twice without a word why.
+whose lines may be above it, are done again. So nothing is lost, and what occurs twice is explained.
 """
 
 from __future__ import annotations

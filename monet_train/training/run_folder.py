@@ -35,7 +35,7 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
     if not config_file.exists():
         # a run that ended before it was described leaves these
         if any(path.name not in (LOCK, DATA_CACHE) for path in folder.iterdir()):
-            raise UserError(f"run.dir={folder} holds files that are no run; choose an empty or new folder")
+            raise UserError(f"run.dir={folder} holds files that are not a run's; choose an empty or new folder")
         return
     owner = OmegaConf.select(OmegaConf.load(config_file), "run.name")
     if owner != config.run.name:
@@ -43,7 +43,7 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
     if config.checkpoint.resume == "never" and completed(checkpoints_folder(folder)):
         raise UserError(
             f"run.dir={folder} has checkpoints and checkpoint.resume=never; "
-            "choose another run.dir, or checkpoint.resume=auto to go on"
+            "choose another run.dir, or checkpoint.resume=auto to resume"
         )
 
 

@@ -76,7 +76,7 @@ def test_router_statistics_survive(name: str, runs: Path) -> None:
     torch.testing.assert_close(
         {key: split[key] for key in statistics}, {key: whole[key] for key in statistics}, rtol=1e-5, atol=1e-6
     )
-    # two micro-steps a step, each counted once
+    # two micro-steps per step, each counted once
     assert [split[key].item() for key in statistics if key.endswith("tracked")] == [2 * STEPS] * 4
 
 
