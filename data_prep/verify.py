@@ -14,7 +14,6 @@ from data_prep.ids import find_duplicates
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import count_labels
 from monet_train.data.index_file import check_index, read_index, read_index_header
-from monet_train.data.labels import read_labels
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file
@@ -137,11 +136,15 @@ def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manif
 
 def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
     """Compare what the manifest counts in a sound shard's labels."""
-    table = read_labels(folder / record.name, columns=[*LABELS, "bytes"])
+    import pyarrow.parquet
+
+    with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
+        # Not read_table: its threads can outlive the interpreter, which then aborts.
+        table = pyarrow.parquet.ParquetFile(stream).read([*LABELS, "bytes"], use_threads=False)
     lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()
     labels = {}
     for name in LABELS:
-        column = table[name].chunk(0)
+        column = table[name].combine_chunks()
         codes = column.indices.fill_null(-1).to_numpy()
         labels[name] = count_labels(column.dictionary.to_pylist(), codes, lengths, sizes)
     if labels != record.labels or sizes.sum() != record.text_bytes:

@@ -20,8 +20,6 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
     vocab_parallel_cross_entropy,
 )
@@ -36,6 +34,7 @@ from monet_train.model.parameters import local_shard, split_of
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.parallel.collectives import ALONE, Collectives
 from monet_train.parallel.groups import Topology
+from monet_train.parallel.regions import enter_region, leave_region
 
 
 def check_tensor_size(config: MonetConfig, size: int) -> None:
@@ -119,8 +118,8 @@ def collectives_of(topology: Topology) -> Collectives:
     return Collectives(
         sum_over_batch=topology.sum_over_data,
         tensor_size=group.size(),
-        enter=partial(copy_to_tensor_model_parallel_region, group=group),
-        leave=partial(reduce_from_tensor_model_parallel_region, group=group),
+        enter=partial(enter_region, group=group),
+        leave=partial(leave_region, group=group),
         embedding=partial(VocabParallelEmbedding, **shared),
         column=partial(_Column, **shared, bias=False),
         row=partial(_Row, **shared, bias=False, input_is_parallel=True, skip_bias_add=False),

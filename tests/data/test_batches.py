@@ -83,3 +83,16 @@ def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
 def test_a_global_batch_that_the_ranks_cannot_make_is_refused(micro_batch: int, data_size: int) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size=24 is no multiple"):
         layout(24, micro_batch, data_size, step=0)
+
+
+def test_targets_that_do_not_count() -> None:
+    mask = torch.tensor([True, False, False])
+    masked = TokenSequence(torch.arange(4), None, None, mask)
+    whole = TokenSequence(torch.arange(4, 8), None, None)
+    batch = collate([whole, masked])  # a mask may be that of some of a batch
+    assert batch.inputs.tolist() == [[4, 5, 6], [0, 1, 2]]
+    assert batch.targets.tolist() == [[5, 6, 7], [1, -100, -100]]
+    assert batch.counted_targets() == 4
+    assert batch.to(torch.device("cpu")).targets.tolist() == batch.targets.tolist()
+    assert collate([whole]).loss_mask is None
+    assert collate([whole]).counted_targets() == 3

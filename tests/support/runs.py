@@ -41,6 +41,7 @@ class Training:
     overrides: list[str]
     killed_at: int | None = None  # killed while it saves the checkpoint of this step; only the last one can be
     masked: bool = False  # with experts switched off in both routing groups
+    masked_targets: bool = False  # see worker.counted_targets
     port: int = field(default_factory=free_port)
 
 

@@ -14,11 +14,13 @@ import torch
 from monet_train import ExpertSet
 from monet_train.checkpoints.weights import read_config, read_weights
 from monet_train.config.compose import compose
+from monet_train.data.packing import PackedSequences, TokenSequence
 from monet_train.kernels import AUTO
 from monet_train.model.parameters import local_shard
 from monet_train.model.sharding import build_model
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import read_launch, start_process_group, stop_process_group
+from monet_train.parallel.regions import enter_region, leave_region
 from monet_train.train import main
 from monet_train.training.loop import Callback, Phase
 from monet_train.training.setup import build_trainer
@@ -54,11 +56,33 @@ def mask_experts(model: torch.nn.Module) -> None:
     model.set_expert_mask(1, torch.randn(shape[1:], generator=generator))
 
 
+def counted_targets(index: int, length: int) -> torch.Tensor:
+    """Which targets of training sequence ``index`` count, in global batches of 8; bool [length].
+
+    Another share of every sequence; in some steps none of the second micro-step of 4, or none of its first two
+    sequences; in step 8 none at all.
+    """
+    step, place = divmod(index, 8)
+    if step == 7 or (step % 4 == 1 and place >= 4) or (step % 4 == 2 and place < 2):
+        return torch.zeros(length, dtype=torch.bool)
+    return torch.rand(length, generator=torch.Generator().manual_seed(index)) < (place + 1) / 8
+
+
+def masked_sequence(dataset: PackedSequences, index: int) -> TokenSequence:
+    """A sequence as conversations have it: some of its targets do not count."""
+    sequence = READ(dataset, index)
+    return sequence._replace(loss_mask=counted_targets(index, len(sequence.tokens) - 1))
+
+
+READ = PackedSequences.__getitem__
+
+
 def fit_in_turn(trainings: list[Training]) -> None:
     """Run the trainings, each with a rendezvous of its own."""
     warnings.filterwarnings("ignore")
     for training in trainings:
         os.environ["MASTER_PORT"] = str(training.port)
+        PackedSequences.__getitem__ = masked_sequence if training.masked_targets else READ
         with build_trainer(compose(training.overrides), read_launch()) as trainer:
             if training.masked:
                 mask_experts(trainer.engine.module)
@@ -91,4 +115,21 @@ def save_outputs(checkpoint: Path, experts: Path, folder: Path) -> None:
     gates = [side.dense().detach() for sides in out.gates for side in sides]
     outputs = {"logits": out.logits.detach(), "gates": gates, "gradients": gradients}
     torch.save(outputs, folder / f"rank_{launch.rank}.pt")
+    stop_process_group()
+
+
+def check_regions() -> None:
+    """As one of two ranks: values and gradients of the pair, for contiguous tensors and for others."""
+    launch, device = read_launch(), torch.device("cpu")
+    start_process_group(launch, device)
+    group = Topology(launch.world_size).tensor_group
+    mine = torch.arange(6.0).view(2, 3) * 10**launch.rank
+    both = torch.arange(6.0).view(2, 3) * 11
+    for name, tensor, total in (("contiguous", mine, both), ("transposed", mine.T, both.T)):
+        given = tensor.clone()
+        x = torch.zeros_like(tensor).contiguous().requires_grad_()
+        enter_region(x, group).backward(tensor)
+        assert torch.equal(x.grad, total), f"{name}: {x.grad}"
+        assert torch.equal(leave_region(tensor, group), total), name
+        assert torch.equal(tensor, given), f"{name}: what was given has changed"
     stop_process_group()

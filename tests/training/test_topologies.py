@@ -62,3 +62,18 @@ def test_bf16_agrees_in_every_zero_stage(shards: Path, tmp_path: Path) -> None:
     for stage in (0, 2, 3):
         losses = [r["loss"] for r in records(tmp_path / str(stage))]
         assert losses == pytest.approx(expected, rel=1e-4), stage
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", ["vertical", "horizontal"])
+def test_the_plain_definition_agrees_on_tensor_ranks(form: str, shards: Path, tmp_path: Path) -> None:
+    """Its gradients have other layouts in memory than those of the native kernels."""
+    for tensor in (1, 2):
+        overrides = [
+            *TINY, f"data.path={shards}", f"model.moe_decompose={form}", "train.max_steps=3", "kernels=plain",
+            f"parallel.tensor={tensor}", f"run.dir={tmp_path}/{tensor}",
+        ]  # fmt: skip
+        train_in_turn([overrides], processes=tensor)
+    for one, two in zip(records(tmp_path / "1"), records(tmp_path / "2"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name
