@@ -31,7 +31,6 @@ from monet_train.errors import UserError, one_line_errors
 from monet_train.interop import hf
 from monet_train.interop.card import model_card
 from monet_train.interop.export_tokenizer import has_chat_template, write_tokenizer
-from monet_train.kernels import plain
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
@@ -127,9 +126,11 @@ def _write_files(
         {"_from_model_config": True, **token_ids, "transformers_version": version("transformers")},
     )
     modelling_files = Path(hf.__file__).parent
-    for file in ("configuration_monet.py", "modeling_monet.py"):
+    for file in hf.OWN:
         shutil.copyfile(modelling_files / file, folder / file)
-    shutil.copyfile(plain.__file__, folder / "monet_plain.py")
+    for file, module in hf.SHARED.items():
+        assert module.__file__ is not None
+        shutil.copyfile(module.__file__, folder / file)
     parameters = sum(tensor.numel() for key, tensor in weights.items() if key in _parameter_names(config))
     card = model_card(name, config, parameters, dtype, has_tokenizer=tokenizer is not None)
     (folder / "README.md").write_text(card, encoding="utf-8")

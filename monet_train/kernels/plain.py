@@ -1,9 +1,11 @@
 """The plain PyTorch definition of Monet's routing and expert layers: the specification.
 
 Every fast path in ``csrc/`` is held against these functions. The file imports nothing but torch, so that an
-exported Hugging Face folder can carry it unchanged.
+exported Hugging Face folder carries it unchanged. What needs no weights stands in functions of its own
+(:func:`gates`, :func:`vertical_inputs`, :func:`horizontal_input`, :func:`expert_bias`): they serve a model that calls
+its projections as modules as well as the functions below that take the weights.
 
-Shapes: T tokens, d model width, H routing heads, E half-experts a side, m inner units of an expert.
+Shapes: T tokens, d model width, H routing heads, E half-experts per side, m inner units of an expert.
 """
 
 from __future__ import annotations
@@ -16,11 +18,16 @@ from torch import Tensor
 
 
 def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """Logits [T, H, E] of one router side from tokens [T, d] and its weight [H*E, d].
+    """Logits [T, H, E] of one router side, in fp32 at least, from tokens [T, d] and its weight [H*E, d]."""
+    return split_heads(F.linear(x, weight), heads)
 
-    In fp32 at least, as published: thresholds and softmax do not bear bf16 logits.
+
+def split_heads(z: Tensor, heads: int) -> Tensor:
+    """Routing logits [T, H*E] by head: [T, H, E], in fp32 at least, as published.
+
+    Thresholds and softmax do not tolerate bf16.
     """
-    z = F.linear(x, weight).unflatten(-1, (heads, -1))
+    z = z.unflatten(-1, (heads, -1))
     return z if z.dtype == torch.float64 else z.float()
 
 
@@ -38,7 +45,7 @@ def head_moments(z: Tensor) -> Tensor:
 
 
 def activation_threshold(mean: Tensor, var: Tensor, k: int, experts: int, eps: float) -> Tensor:
-    """The logit above which a half-expert is active, one a head.
+    """The logit above which a half-expert is active, one per head.
 
     The paper asks for ẑ >= tau with ẑ = (z - mean) / sqrt(var + eps) and tau = Phi^-1(1 - k/E): of E normally
     distributed logits about k pass (section 3.4, adaptive threshold instead of top-k). Undoing the normalisation
@@ -137,6 +144,37 @@ def mix(g: Tensor, g_other: Tensor, values: Tensor, mask: Tensor | None) -> Tens
     return mixed
 
 
+def vertical_inputs(
+    h1: Tensor, h2: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the output projections v11, v12, v21 and v22 of the vertical decomposition read.
+
+    a = relu²(h1), c = relu²(h2), both [T, E, m/2]; the inputs are, in this order,
+    a_i Σ_h g1_hi;  Σ_h g1_hi Σ_j g2_hj c_j;  Σ_h g2_hj Σ_i g1_hi a_i;  c_j Σ_h g2_hj
+
+    A mask multiplies every g1_hi g2_hj by M_hij; without one Σ_j g2_hj = Σ_i g1_hi = 1 has been used.
+
+    Args:
+        h1, h2: u1(x) and u2(x), [T, E*m/2]. g1, g2: gates [T, H, E]. mask: factors M of the experts,
+            [1 or H, E, E], or None.
+
+    Returns:
+        four tensors [T, E*m/2].
+    """
+    experts = g1.shape[-1]
+    g1, g2 = g1.to(h1.dtype), g2.to(h1.dtype)
+    a = relu_squared(h1).unflatten(-1, (experts, -1))
+    c = relu_squared(h2).unflatten(-1, (experts, -1))
+    transposed = None if mask is None else mask.mT
+    r1, r2 = expert_weights(g1, g2, mask)
+    return (
+        (a * r1.sum(1).unsqueeze(-1)).flatten(1),
+        mix(g1, g2, c, mask).flatten(1),
+        mix(g2, g1, a, transposed).flatten(1),
+        (c * r2.sum(1).unsqueeze(-1)).flatten(1),
+    )
+
+
 def vertical_experts(
     x: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None,
     u1: Tensor, u1_bias: Tensor, u2: Tensor, u2_bias: Tensor,
@@ -144,11 +182,7 @@ def vertical_experts(
 ) -> Tensor:  # fmt: skip
     """Vertical decomposition without the output bias (paper section 3.3, product key composition of V).
 
-    a = relu²(u1 x), c = relu²(u2 x), both [T, E, m/2];
-    left  = v11[a_i Σ_h g1_hi] + v12[Σ_h g1_hi Σ_j g2_hj c_j]
-    right = v21[Σ_h g2_hj Σ_i g1_hi a_i] + v22[c_j Σ_h g2_hj]
-
-    A mask multiplies every g1_hi g2_hj by M_hij; without one Σ_j g2_hj = Σ_i g1_hi = 1 has been used.
+    left = v11[...] + v12[...], right = v21[...] + v22[...] of :func:`vertical_inputs`.
 
     Args:
         x: [T, d]. g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
@@ -157,26 +191,33 @@ def vertical_experts(
     Returns:
         [left, right], [T, d]. With weights that hold a slice of m, the partial sums of that slice.
     """
-    experts = g1.shape[-1]
-    g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
-    a = relu_squared(F.linear(x, u1, u1_bias)).unflatten(-1, (experts, -1))
-    c = relu_squared(F.linear(x, u2, u2_bias)).unflatten(-1, (experts, -1))
-    transposed = None if mask is None else mask.mT
-    r1, r2 = expert_weights(g1, g2, mask)
-    left = F.linear((a * r1.sum(1).unsqueeze(-1)).flatten(1), v11)
-    left = left + F.linear(mix(g1, g2, c, mask).flatten(1), v12)
-    right = F.linear(mix(g2, g1, a, transposed).flatten(1), v21)
-    right = right + F.linear((c * r2.sum(1).unsqueeze(-1)).flatten(1), v22)
+    to11, to12, to21, to22 = vertical_inputs(F.linear(x, u1, u1_bias), F.linear(x, u2, u2_bias), g1, g2, mask)
+    left = F.linear(to11, v11) + F.linear(to12, v12)
+    right = F.linear(to21, v21) + F.linear(to22, v22)
     return torch.cat([left, right], -1)
+
+
+def horizontal_input(h: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None) -> Tensor:
+    """What the output projection v of the horizontal decomposition reads: y_j = Σ_h g2_hj Σ_i g1_hi a_i.
+
+    a = relu²(h), [T, E, m]. A mask multiplies every g1_hi g2_hj by M_hij.
+
+    Args:
+        h: u(x), [T, E*m]. g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
+
+    Returns:
+        [T, E*m].
+    """
+    g1, g2 = g1.to(h.dtype), g2.to(h.dtype)
+    a = relu_squared(h).unflatten(-1, (g1.shape[-1], -1))
+    transposed = None if mask is None else mask.mT
+    return mix(g2, g1, a, transposed).flatten(1)
 
 
 def horizontal_experts(
     x: Tensor, g1: Tensor, g2: Tensor, mask: Tensor | None, u: Tensor, u_bias: Tensor, v: Tensor
 ) -> Tensor:
-    """Horizontal decomposition without the output bias (paper section 3.3).
-
-    a = relu²(u x) [T, E, m];  y_j = Σ_h g2_hj Σ_i g1_hi a_i;  output v[y].
-    A mask multiplies every g1_hi g2_hj by M_hij.
+    """Horizontal decomposition without the output bias (paper section 3.3): v[y], y of :func:`horizontal_input`.
 
     Args:
         x: [T, d]. g1, g2: gates [T, H, E]. mask: factors M of the experts, [1 or H, E, E], or None.
@@ -185,11 +226,7 @@ def horizontal_experts(
     Returns:
         [T, d]. With weights that hold a slice of m, the partial sums of that slice.
     """
-    experts = g1.shape[-1]
-    g1, g2 = g1.to(x.dtype), g2.to(x.dtype)
-    a = relu_squared(F.linear(x, u, u_bias)).unflatten(-1, (experts, -1))
-    transposed = None if mask is None else mask.mT
-    return F.linear(mix(g2, g1, a, transposed).flatten(1), v)
+    return F.linear(horizontal_input(F.linear(x, u, u_bias), g1, g2, mask), v)
 
 
 def expert_bias(g: Tensor, b: Tensor) -> Tensor:

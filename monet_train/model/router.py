@@ -69,8 +69,8 @@ class Router(nn.Module):
 
     def update_statistics(self, batch: BatchStatistics) -> None:
         """Take a batch into the running statistics: once per micro-step, however often its gates are recomputed."""
-        self.norm1.update(batch.mean[0], batch.var[0], batch.count)
-        self.norm2.update(batch.mean[1], batch.var[1], batch.count)
+        self.norm1.follow(batch.mean[0], batch.var[0], batch.count)
+        self.norm2.follow(batch.mean[1], batch.var[1], batch.count)
 
     @torch.no_grad()
     def _batch_statistics(self, z1: Tensor, z2: Tensor) -> BatchStatistics:
@@ -78,9 +78,7 @@ class Router(nn.Module):
         moments = (self.kernels.head_moments(z) for z in (z1, z2))
         local = torch.cat([*map(torch.flatten, moments), count])
         total = self.collectives.sum_over_batch(local)
-        count = total[-1]
-        first, second = (total[:-1] / count).view(2, 2, self.heads).unbind(1)
-        return BatchStatistics(mean=first, var=(second - first.square()).clamp_min(0), count=count)
+        return BatchStatistics.from_moments(total[:-1].view(2, 2, self.heads), count=total[-1])
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, experts={self.experts}, topk={self.topk}"

@@ -1,4 +1,7 @@
-"""Statistics of the routing logits, which set the thresholds of a router (paper section 3.4)."""
+"""Statistics of the routing logits, which set the thresholds of a router (paper section 3.4).
+
+The file imports nothing but torch, so that an exported Hugging Face folder carries it unchanged.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +51,13 @@ class LogitStatistics(FullPrecision):
         self.num_batches_tracked.zero_()
 
     @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics towards those of a batch of ``count`` logits per head (var is biased)."""
+    def follow(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards those of a batch.
+
+        Args:
+            mean, var: of the logits of each head, [H]; ``var`` is the biased one.
+            count: logits of the batch behind each value.
+        """
         unbiased = var * count / (count - 1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)
@@ -58,8 +66,14 @@ class LogitStatistics(FullPrecision):
 
 @dataclass
 class BatchStatistics:
-    """Statistics of one batch: fp64 means and variances [2 sides, H], and the number of logits behind each."""
+    """Statistics of one batch: fp64 means and biased variances [2 sides, H], and the number of logits behind each."""
 
     mean: Tensor
     var: Tensor
     count: Tensor
+
+    @classmethod
+    def from_moments(cls, moments: Tensor, count: Tensor) -> BatchStatistics:
+        """From the sums and sums of squares, [2 sides, 2, H], of ``count`` logits per head."""
+        mean, square = (moments / count).unbind(1)
+        return cls(mean, (square - mean.square()).clamp_min(0), count)

@@ -10,9 +10,13 @@ from transformers import PretrainedConfig
 class MonetConfig(PretrainedConfig):
     """Architecture of a Monet, in the field names of the published ``config.json``.
 
-    A layer has ``moe_experts`` half-experts a side, that is ``moe_experts**2`` experts of ``moe_dim`` inner units,
-    chosen by ``moe_heads`` routing heads; about ``moe_topk`` half-experts a head are active for a token.
+    A layer has ``moe_experts`` half-experts per side, that is ``moe_experts**2`` experts of ``moe_dim`` inner units,
+    chosen by ``moe_heads`` routing heads; about ``moe_topk`` half-experts per head are active for a token.
     ``moe_groups`` consecutive layers share one router. ``output_router_probs``: return the gates of each router.
+
+    ``router_statistics`` says what the routers' running statistics do in training mode. ``"frozen"``: they set the
+    thresholds and do not move, so that an adapter on the same base is the model that was trained. ``"update"``: the
+    statistics of the batch set the thresholds and move the running ones, as in pretraining.
 
     Raises:
         ValueError: for a published field whose value no Monet has (another activation, biases in the attention,
@@ -20,7 +24,7 @@ class MonetConfig(PretrainedConfig):
     """
 
     model_type = "monet"
-    keys_to_ignore_at_inference = ("past_key_values", "router_probs")
+    keys_to_ignore_at_inference = ["past_key_values", "router_probs"]  # noqa: RUF012  (Trainer adds a list to it)
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class MonetConfig(PretrainedConfig):
         moe_groups: int = 4,
         moe_decompose: str = "vertical",
         output_router_probs: bool = False,
+        router_statistics: str = "frozen",
         use_cache: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = 1,
@@ -53,6 +58,8 @@ class MonetConfig(PretrainedConfig):
     ) -> None:
         if moe_decompose not in ("vertical", "horizontal"):
             raise ValueError(f"moe_decompose={moe_decompose!r} is unknown: use 'vertical' or 'horizontal'")
+        if router_statistics not in ("frozen", "update"):
+            raise ValueError(f"router_statistics={router_statistics!r} is unknown: use 'frozen' or 'update'")
         if hidden_act != "relu2" or attention_bias or rope_scaling or tie_word_embeddings:
             raise ValueError(
                 "this modelling file has hidden_act='relu2', attention_bias=False, rope_scaling=None and "
@@ -78,6 +85,7 @@ class MonetConfig(PretrainedConfig):
         self.moe_groups = moe_groups
         self.moe_decompose = moe_decompose
         self.output_router_probs = output_router_probs
+        self.router_statistics = router_statistics
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id

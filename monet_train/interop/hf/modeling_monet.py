@@ -1,14 +1,14 @@
 """Monet (Mixture of Monosemantic Experts for Transformers, arXiv 2412.04139) for transformers 5.
 
-A Llama decoder whose perceptrons are Monet layers. The mathematics of routing and experts is in ``monet_plain.py``.
-Parameters and buffers have the names of the published checkpoints.
+A Llama decoder whose perceptrons are Monet layers. The formulas of routing, experts, rotary positions and statistics
+are in ``monet_plain.py``, ``monet_rotary.py`` and ``monet_statistics.py``. Every projection is called as a module, so
+that adapters, quantizers, offloading and hooks work on it. Parameters and buffers have the published names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +24,16 @@ from .configuration_monet import MonetConfig
 from .monet_plain import (
     activation_threshold,
     expert_bias,
+    expert_factors,
+    expert_weights,
     gates,
     head_moments,
-    horizontal_experts,
-    vertical_experts,
+    horizontal_input,
+    split_heads,
+    vertical_inputs,
 )
-
-NORM_EPS = 1e-5
-NORM_MOMENTUM = 0.1
+from .monet_rotary import rotary_tables, rotate
+from .monet_statistics import NORM_EPS, BatchStatistics, FullPrecision, LogitStatistics
 
 RouterProbs = tuple[tuple[Tensor, Tensor] | None, ...]
 
@@ -48,21 +50,6 @@ class MonetCausalLMOutput(CausalLMOutputWithPast):
     """Adds ``router_probs``: a layer, the gates (g1, g2) [B, S, H, E], or None where it has no router of its own."""
 
     router_probs: RouterProbs | None = None
-
-
-def rotary_tables(config: MonetConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles (arXiv 2104.09864, half-split layout): fp32 [B or 1, 1, S, head size]."""
-    head_size = config.hidden_size // config.num_attention_heads
-    exponent = torch.arange(0, head_size, 2, device=position_ids.device).float() / head_size
-    angles = position_ids[..., None].float() * config.rope_theta**-exponent
-    angles = torch.cat([angles, angles], -1).unsqueeze(1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + size/2}) of [B, heads, S, size] by their angles."""
-    first, second = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
 def mask_for_attention(attention_mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
@@ -133,36 +120,12 @@ class MonetAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
-class LogitStatistics(nn.Module):
-    """Mean and variance of a router's logits for each head: the buffers of a BatchNorm1d without scale and shift.
+class RunningStatistics(LogitStatistics):
+    """The running statistics as a module that is called, so that what moves or replaces modules sees the call."""
 
-    The thresholds that they set do not bear bf16, so they stay in fp32 when the model is cast.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(heads))
-        self.register_buffer("running_var", torch.ones(heads))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move towards a batch of ``count`` logits a head. mean, var (biased): [H]."""
-        unbiased = var * count / (count - 1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), NORM_MOMENTUM)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), NORM_MOMENTUM)
-        self.num_batches_tracked.add_(1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-
-        return super()._apply(keep_precision, recurse)
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance [H] of logits like ``z`` [T, H, E]."""
+        return self.running_mean, self.running_var
 
 
 class MonetRouter(nn.Module):
@@ -170,45 +133,55 @@ class MonetRouter(nn.Module):
 
     def __init__(self, config: MonetConfig) -> None:
         super().__init__()
+        self.config = config
         self.heads, self.experts, self.topk = config.moe_heads, config.moe_experts, config.moe_topk
         self.w1 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
         self.w2 = nn.Linear(config.hidden_size, self.heads * self.experts, bias=False)
-        self.norm1 = LogitStatistics(self.heads)
-        self.norm2 = LogitStatistics(self.heads)
+        self.norm1 = RunningStatistics(self.heads)
+        self.norm2 = RunningStatistics(self.heads)
 
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, BatchStatistics | None]:
         """Route tokens.
 
         Args:
             x: [T, d]. real: bool [T], False at padding, which is kept out of the batch statistics.
 
         Returns:
-            gates of side 1 and 2, [T, H, E]; in training the batch statistics, for :meth:`update_statistics`.
+            gates of side 1 and 2, [T, H, E]; in training with ``config.router_statistics == "update"`` also the
+            batch statistics, for :meth:`update_statistics`.
         """
-        sides = []
-        batch = []
-        for w, norm in ((self.w1, self.norm1), (self.w2, self.norm2)):
-            z = w(x).float().unflatten(-1, (self.heads, self.experts))
-            mean, var = norm.running_mean, norm.running_var
-            if self.training:
-                statistics = self._batch_statistics(z if real is None else z[real])
-                mean, var = statistics[:2].float()
-                batch.append(statistics)
-            threshold = activation_threshold(mean, var, self.topk, self.experts, NORM_EPS)
-            sides.append(gates(z, threshold))
-        return sides[0], sides[1], torch.stack(batch) if batch else None
+        z1, z2 = split_heads(self.w1(x), self.heads), split_heads(self.w2(x), self.heads)
+        batch = None
+        if self.training and self.config.router_statistics == "update":
+            batch = self._batch_statistics(z1, z2, real)
+            mean, var = batch.mean.to(z1.dtype), batch.var.to(z1.dtype)
+        else:
+            (mean1, var1), (mean2, var2) = self.norm1(z1), self.norm2(z2)
+            mean, var = torch.stack([mean1, mean2]), torch.stack([var1, var2])
+        threshold = activation_threshold(mean, var, self.topk, self.experts, NORM_EPS)
+        return gates(z1, threshold[0]), gates(z2, threshold[1]), batch
 
-    def update_statistics(self, batch: Tensor) -> None:
-        """Take batch statistics [2 sides, (mean, var, count), H] into the running ones."""
-        self.norm1.update(*batch[0])
-        self.norm2.update(*batch[1])
+    def update_statistics(self, batch: BatchStatistics) -> None:
+        """Take batch statistics into the running ones."""
+        self.norm1.follow(batch.mean[0], batch.var[0], batch.count)
+        self.norm2.follow(batch.mean[1], batch.var[1], batch.count)
 
-    def _batch_statistics(self, z: Tensor) -> Tensor:
-        """Of logits [T, H, E]: fp64 [(mean, biased var, count), H]."""
-        moments = head_moments(z)
-        count = torch.full_like(moments[0], z.shape[0] * self.experts)
-        mean, square = moments / count
-        return torch.stack([mean, (square - mean.square()).clamp_min(0), count])
+    @torch.no_grad()
+    def _batch_statistics(self, z1: Tensor, z2: Tensor, real: Tensor | None) -> BatchStatistics:
+        if real is not None:
+            z1, z2 = z1[real], z2[real]
+        moments = torch.stack([head_moments(z1), head_moments(z2)])
+        return BatchStatistics.from_moments(moments, moments.new_full((), len(z1) * self.experts))
+
+
+class ExpertMask(FullPrecision):
+    """Factors M of the experts of a layer, [1 or H, E, E]; None where no expert is masked. Not in the state dict."""
+
+    factors: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factors", None, persistent=False)
 
 
 class VerticalExperts(nn.Module):
@@ -226,14 +199,13 @@ class VerticalExperts(nn.Module):
         self.b1 = nn.Parameter(torch.zeros(config.moe_experts, half))
         self.b2 = nn.Parameter(torch.zeros(config.moe_experts, half))
 
-    def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
-        """x [T, d], gates [T, H, E] -> [T, d]."""
-        mixed = vertical_experts(
-            x, g1, g2, None,
-            self.u1.weight, self.u1.bias, self.u2.weight, self.u2.bias,
-            self.v11.weight, self.v12.weight, self.v21.weight, self.v22.weight,
-        )  # fmt: skip
-        return mixed + torch.cat([expert_bias(g1, self.b1), expert_bias(g2, self.b2)], -1)
+    def forward(self, x: Tensor, g1: Tensor, g2: Tensor, factors: Tensor | None) -> Tensor:
+        """x [T, d], gates [T, H, E], factors of the experts [1 or H, E, E] or None -> [T, d]."""
+        to11, to12, to21, to22 = vertical_inputs(self.u1(x), self.u2(x), g1, g2, factors)
+        r1, r2 = expert_weights(g1, g2, factors)
+        left = self.v11(to11) + self.v12(to12) + expert_bias(r1, self.b1)
+        right = self.v21(to21) + self.v22(to22) + expert_bias(r2, self.b2)
+        return torch.cat([left, right], -1)
 
 
 class HorizontalExperts(nn.Module):
@@ -246,10 +218,10 @@ class HorizontalExperts(nn.Module):
         self.v = nn.Linear(inner, config.hidden_size, bias=False)
         self.b = nn.Parameter(torch.zeros(config.moe_experts, config.hidden_size))
 
-    def forward(self, x: Tensor, g1: Tensor, g2: Tensor) -> Tensor:
-        """x [T, d], gates [T, H, E] -> [T, d]."""
-        mixed = horizontal_experts(x, g1, g2, None, self.u.weight, self.u.bias, self.v.weight)
-        return mixed + expert_bias(g2, self.b)
+    def forward(self, x: Tensor, g1: Tensor, g2: Tensor, factors: Tensor | None) -> Tensor:
+        """x [T, d], gates [T, H, E], factors of the experts [1 or H, E, E] or None -> [T, d]."""
+        _, r2 = expert_weights(g1, g2, factors)
+        return self.v(horizontal_input(self.u(x), g1, g2, factors)) + expert_bias(r2, self.b)
 
 
 class MonetDecoderLayer(GradientCheckpointingLayer):
@@ -261,6 +233,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.router = MonetRouter(config) if layer % config.moe_groups == 0 else None
+        self.expert_mask = ExpertMask()
         self.moe = {"vertical": VerticalExperts, "horizontal": HorizontalExperts}[config.moe_decompose](config)
 
     def forward(
@@ -272,14 +245,16 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         sin: Tensor,
         mask: Tensor | None,
         real: Tensor | None,
+        factors: Tensor | None,
         past: int,
         past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, BatchStatistics | None]:
         """One layer.
 
         Args:
             hidden: [B, S, d]. g1, g2: gates of the group [B*S, H, E]; not read by a layer that routes.
             cos, sin: rotary tables. mask: see :func:`mask_for_attention`. real: bool [B*S], False at padding.
+            factors: of this layer's experts, [1 or H, E, E]; an argument, so that a recomputation has the same.
 
         Returns:
             hidden, g1, g2, and the batch statistics of this layer's router in training.
@@ -291,7 +266,9 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         statistics = None
         if self.router is not None:
             g1, g2, statistics = self.router(tokens, real)
-        hidden = hidden + self.moe(tokens, g1, g2).view_as(x)
+        if factors is not None:
+            factors = factors.to(tokens.device)
+        hidden = hidden + self.moe(tokens, g1, g2, factors).view_as(x)
         return hidden, g1, g2, statistics
 
 
@@ -306,6 +283,53 @@ class MonetPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["norm1", "norm2"]  # noqa: RUF012
     _supports_sdpa = True
+
+    def set_expert_mask(self, group: int, mask: Tensor, layer: int | None = None) -> None:
+        """Switch experts of a routing group off, or scale them, in training and evaluation.
+
+        The output of a layer becomes Σ_h Σ_ij M_hij g1_hi g2_hj E_ij(x): gates are not renormalised, a layer whose
+        experts are all off outputs 0, and ``router_probs`` are those of the unmasked gates. A mask is not saved, gets
+        no gradient, and replaces the earlier one of the layers that take it.
+
+        Args:
+            group: routing group, that is layer // moe_groups.
+            mask: M as bool (False = off) or finite factors; whatever broadcasts to [H, E, E], (head, half-expert i of
+                side 1, half-expert j of side 2).
+            layer: the only layer of the group that takes the mask, by its number in the model; None: all of them.
+
+        Raises:
+            ValueError: there is no such group or layer, or the mask is not such a tensor.
+        """
+        numbers = self._group(group)
+        if layer is not None:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer not in numbers:
+                raise ValueError(
+                    f"layer={layer!r} is not in routing group {group}; use one of {numbers[0]} to {numbers[-1]}"
+                )
+            numbers = range(layer, layer + 1)
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        factors = expert_factors(mask, self.config.moe_heads, self.config.moe_experts, dtype)
+        for chosen in self._layers(numbers):
+            device = next(chosen.parameters()).device  # meta where accelerate has offloaded the layer
+            chosen.expert_mask.factors = factors if device.type == "meta" else factors.to(device)
+
+    def clear_expert_mask(self, group: int | None = None) -> None:
+        """Remove the masks of a routing group, or those of all groups."""
+        numbers = range(self.config.num_hidden_layers) if group is None else self._group(group)
+        for chosen in self._layers(numbers):
+            chosen.expert_mask.factors = None
+
+    def _layers(self, numbers: range) -> list[MonetDecoderLayer]:
+        layers = cast(MonetModel, self.base_model).layers
+        return [cast(MonetDecoderLayer, layers[number]) for number in numbers]
+
+    def _group(self, group: int) -> range:
+        """The numbers of the layers of a routing group."""
+        layers, size = self.config.num_hidden_layers, self.config.moe_groups
+        last = (layers - 1) // size
+        if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group <= last:
+            raise ValueError(f"group={group!r} is not a routing group; use one of 0 to {last}")
+        return range(group * size, min((group + 1) * size, layers))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -363,7 +387,7 @@ class MonetModel(MonetPreTrainedModel):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]
-        cos, sin = rotary_tables(config, position_ids)
+        cos, sin = rotary_tables(position_ids, hidden.shape[-1] // config.num_attention_heads, config.rope_theta)
         mask = mask_for_attention(attention_mask, past, length, hidden.device)
         real = None
         if mask is not None and attention_mask is not None and attention_mask.dim() == 2:
@@ -372,13 +396,13 @@ class MonetModel(MonetPreTrainedModel):
         g1 = g2 = hidden.new_empty(0)  # the first layer routes
         states: list[Tensor] = []
         router_probs: list[tuple[Tensor, Tensor] | None] = []
-        for layer in self.layers:
+        for layer in cast(list[MonetDecoderLayer], list(self.layers)):
             if output_hidden_states:
                 states.append(hidden)
             hidden, g1, g2, statistics = layer(
-                hidden, g1, g2, cos, sin, mask, real, past, past_key_values=past_key_values
+                hidden, g1, g2, cos, sin, mask, real, layer.expert_mask.factors, past, past_key_values=past_key_values
             )
-            if statistics is not None and isinstance(layer.router, MonetRouter):
+            if statistics is not None and layer.router is not None:
                 # here, because a layer under gradient checkpointing runs twice
                 layer.router.update_statistics(statistics)
             if output_router_probs:

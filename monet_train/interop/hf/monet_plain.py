@@ -3,17 +3,23 @@
 from monet_train.kernels.plain import (
     activation_threshold,
     expert_bias,
+    expert_factors,
+    expert_weights,
     gates,
     head_moments,
-    horizontal_experts,
-    vertical_experts,
+    horizontal_input,
+    split_heads,
+    vertical_inputs,
 )
 
 __all__ = [
     "activation_threshold",
     "expert_bias",
+    "expert_factors",
+    "expert_weights",
     "gates",
     "head_moments",
-    "horizontal_experts",
-    "vertical_experts",
+    "horizontal_input",
+    "split_heads",
+    "vertical_inputs",
 ]
