@@ -36,7 +36,7 @@ from monet_train.tokenizers import Tokenizer, load_tokenizer
 
 DOCUMENT_TOKENS = 1000  # mean length of the made-up documents of `index`
 SEQUENCE = 2048
-BLOCK = 256  # texts that the bare encoder gets in a call
+BLOCK = 256  # texts that the bare encoder gets per call
 
 
 class Times:
@@ -296,7 +296,7 @@ def load(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     for i in range(1000):
         corpus.train[i]
-    print(f"  {(time.perf_counter() - started) * 1e3:.1f} us a sequence of {SEQUENCE} tokens")
+    print(f"  {(time.perf_counter() - started) * 1e3:.1f} us per sequence of {SEQUENCE} tokens")
     steps = 20
     batches = MicroBatches(
         corpus.train, steps=steps + 1, global_batch_size=32, micro_batch_size=8, data_rank=0, data_size=1

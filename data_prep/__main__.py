@@ -22,7 +22,7 @@ MAX_WORKERS = 1024
 EPILOG = """\
 a SOURCE is
   FILE or 'PATTERN'    txt, jsonl or parquet, plain or .gz, .zst, .xz; also fsspec addresses (s3://...)
-  FOLDER               source code, one document a file
+  FOLDER               source code, one document per file
   hf:NAME[:CONFIG[:SPLIT]]   a Hugging Face dataset, streamed
   python               the sources and licences of this Python installation
   RECIPE.yaml          a list of sources with their fields and filters (see conf/data_prep)
@@ -37,7 +37,7 @@ examples
   monet-data verify data/corpora
   monet-data info data/corpora
 
-A run that was stopped goes on when the same command is given again.
+A run that was stopped resumes when the same command is given again.
 """
 
 
@@ -75,7 +75,7 @@ def number(text: str) -> int:
     """A count with an optional suffix: 300, 8M, 2.5G."""
     match = re.fullmatch(r"([0-9]{1,15})(?:(\.[0-9]+)?([kKMGBT]))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number like 300, 8M or 2.5G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number like 300, 8M or 2.5G")
     factor = {None: 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[match[3]]
     return int(float(match[1] + (match[2] or "")) * factor)
 
@@ -103,7 +103,7 @@ def share(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 1:  # nan neither
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
@@ -111,7 +111,7 @@ def label(text: str) -> tuple[str, str]:
     """``NAME=VALUE`` of a label."""
     name, _, value = text.partition("=")
     if name not in LABELS or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is no LABEL=VALUE with a label of {', '.join(LABELS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=VALUE with a label of {', '.join(LABELS)}")
     return name, value
 
 
@@ -148,7 +148,7 @@ def build_parser() -> Parser:
     tokenizer.set_defaults(id_field=None)
     kind = tokenizer.add_mutually_exclusive_group(required=True)
     kind.add_argument(
-        "--vocab-size", type=positive, help="train one of so many pieces, 259 special and byte ones included"
+        "--vocab-size", type=positive, help="train one with this many pieces, 259 special and byte ones included"
     )
     kind.add_argument(
         "--existing", type=local, metavar="TOKENIZER", help="take one as `shards --tokenizer` does, and report"
@@ -166,7 +166,7 @@ def build_parser() -> Parser:
     shards = command("shards", "tokenize documents into memory-mapped shards")
     _add_sources(shards)
     shards.add_argument(
-        "--id-field", metavar="NAME", help="field with a document's id; one that stands twice is refused"
+        "--id-field", metavar="NAME", help="field with a document's id; one that occurs twice is refused"
     )
     shards.add_argument(
         "--tokenizer", type=local, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
@@ -206,8 +206,8 @@ def _add_sources(parser: Parser) -> None:
     parser.add_argument("--min-chars", type=number, help="leave out shorter documents")
     parser.add_argument("--max-chars", type=number, help="leave out longer documents")
     parser.add_argument("--txt", choices=("file", "line"), help="a document in .txt is the whole file or a line (file)")
-    parser.add_argument("--max-documents", type=positive, help="stop after so many documents")
-    parser.add_argument("--max-bytes", type=positive, help="stop after so much text (8M, 2G)")
+    parser.add_argument("--max-documents", type=positive, help="stop after this many documents")
+    parser.add_argument("--max-bytes", type=positive, help="stop after this much text (8M, 2G)")
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -279,7 +279,7 @@ def run_merge(arguments: argparse.Namespace) -> Iterator[str]:
     from data_prep.shards import merge
 
     if not arguments.folder.is_dir():
-        raise UserError(f"{arguments.folder} is no folder: give the --out of the tasks")
+        raise UserError(f"{arguments.folder} is not a folder: give the --out of the tasks")
     yield from summary(arguments.folder, merge(arguments.folder))
 
 
@@ -287,7 +287,7 @@ def summary(folder: Path, manifest: Manifest) -> Iterator[str]:
     """One line of counts, and one about bad documents if there are some."""
     yield (
         f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
-        f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
+        f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes per token"
     )
     if manifest.rejected:
         yield f"  {sum(manifest.rejected.values()):,} bad documents were left out: {folder}/rejects*.jsonl"

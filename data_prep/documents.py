@@ -22,7 +22,7 @@ from monet_train.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # some editors put it before a text in UTF-8
-LONE_SURROGATE = "\ud800"  # stands for bytes that are no UTF-8: a document with it is rejected for that
+LONE_SURROGATE = "\ud800"  # stands for bytes that are not UTF-8: a document with it is rejected for that
 ROWS_PER_CHUNK = 256
 
 

@@ -23,7 +23,7 @@ from monet_train.data.index_file import token_dtype
 from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
 
-CHUNKS_AHEAD = 8  # a worker; bounds the memory, and bridges what the writer does between chunks
+CHUNKS_AHEAD = 8  # per worker; bounds the memory, and bridges what the writer does between chunks
 SLOT_BYTES = 4 << 20  # of shared memory for each of them; what is not touched costs nothing
 
 
@@ -117,7 +117,7 @@ class Encoder:
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed (out of memory?): run the same command again with fewer --workers; "
-                "it goes on where it stopped"
+                "it resumes where it stopped"
             ) from None
         finally:  # who asks for no more may start again: the slots must be free by then
             wait([future for _, _, future in ahead if not future.cancel()])
@@ -128,9 +128,9 @@ class Encoder:
 
 
 class _Slots:
-    """Memory that the processes share, a slot a chunk: its lines on their way to a worker, then its tokens back.
+    """Memory that the processes share, one slot per chunk: its lines on their way to a worker, then its tokens back.
 
-    Through pipes the same bytes would cost 4% of a worker's time. What is no bytes or too large goes by pipe.
+    Through pipes the same bytes would cost 4% of a worker's time. Whatever is not bytes or too large goes by pipe.
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
@@ -197,7 +197,7 @@ def _start(tokenizer: Tokenizer, slots: _Slots) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker would wait for ever on the queue of a parent that was killed."""
+    """A worker would wait forever on the queue of a parent that was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

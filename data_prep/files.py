@@ -70,7 +70,7 @@ def unreadable(path: str, error: BaseException) -> UserError:
         reason = f"cut short or damaged: {reason}"
     return UserError(
         f"source {path} cannot be read ({' '.join(reason.split())}): restore the file and run the same command again, "
-        "which goes on where it stopped"
+        "which resumes where it stopped"
     )
 
 

@@ -1,4 +1,4 @@
-"""Does a document id stand twice? Asked before the manifest, in memory that does not grow with the corpus."""
+"""Does a document id occur twice? Asked before the manifest, in memory that does not grow with the corpus."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Duplicates(NamedTuple):
         """Half a line for an error."""
         more = f" ({self.repeats:,} documents repeat an id)" if self.repeats > 1 else ""
         name = self.id if len(self.id) <= SHOWN else self.id[:SHOWN] + "..."
-        return f"document id {name!r} stands twice, in {' and '.join(self.places)}{more}"
+        return f"document id {name!r} occurs twice, in {' and '.join(self.places)}{more}"
 
 
 def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_ONCE) -> Duplicates | None:
@@ -54,7 +54,7 @@ def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_O
 
 
 def _look_up(folder: Path, shards: list[ShardRecord], hashes: np.ndarray) -> Duplicates | None:
-    """The first id among those with these hashes that does stand twice: two ids can have one hash."""
+    """The first id among those with these hashes that does occur twice: two ids can have one hash."""
     seen: dict[str, str] = {}
     for named in _named(folder, shards):
         for number in np.flatnonzero(np.isin(named.hashes, hashes)).tolist():
@@ -81,7 +81,7 @@ def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
     for shard in shards:
         path = folder / f"{shard.name}.labels.parquet"
         try:
-            with path.open("rb") as stream:  # a name with a colon is no address
+            with path.open("rb") as stream:  # a name with a colon is not an address
                 file = pyarrow.parquet.ParquetFile(stream)
                 if "id" not in file.schema_arrow.names:
                     continue

@@ -42,7 +42,7 @@ def _describe(folder: Path, samples: int) -> Iterator[str]:
     yield f"  shards       {len(manifest.shards)}, tokens stored as {manifest.dtype}"
     yield f"  documents    {manifest.documents:,}"
     yield f"  tokens       {manifest.tokens:,}"
-    yield f"  text         {manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.tokens:.2f} a token"
+    yield f"  text         {manifest.text_bytes:,} bytes, {manifest.text_bytes / manifest.tokens:.2f} per token"
     for name, reasons in (("filtered", manifest.filtered), ("rejected", manifest.rejected)):
         if reasons:
             yield f"  {name:<12} " + ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
@@ -90,7 +90,7 @@ def draw_lengths(folder: Path, image: Path) -> None:
     axes = figure.subplots()
     axes.stairs(counts, edges, fill=True)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("tokens a document")
+    axes.set_xlabel("tokens per document")
     axes.set_ylabel("documents")
     axes.set_title(f"{folder.name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens")
     try:
@@ -106,7 +106,7 @@ def _bins(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
-    yield "\n  tokens a document"
+    yield "\n  tokens per document"
     edges, counts = _bins(lengths)
     for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if count:

@@ -1,4 +1,4 @@
-"""The state of an output folder: who may write it, what is finished, where to go on."""
+"""The state of an output folder: who may write it, what is finished, where to resume."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class _Done:
 
 
 class Journal:
-    """``progress.jsonl``: the recipe, a line a finished shard, a last one at the end. Gone with the manifest."""
+    """``progress.jsonl``: the recipe, one line per finished shard, a last one at the end. The manifest replaces it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +56,7 @@ class Journal:
     def open(self, recipe: dict[str, Any] | None) -> None:
         """Start the journal, or read the one that a stopped run of the same recipe left.
 
-        Without a recipe any is read and nothing mended: the task that it belongs to may be writing it.
+        Without a recipe any journal is read and none repaired: the task that it belongs to may be writing it.
 
         Raises:
             UserError: another recipe is at work in the folder, or the journal is damaged.
@@ -86,7 +86,7 @@ class Journal:
             write_atomically(self.path, whole)
 
     def _mended(self, recipe: dict[str, Any]) -> bool:
-        """Whether ``recipe`` differs in source files alone of which no shard has anything yet: they were mended.
+        """Whether ``recipe`` differs only in source files of which no shard has anything yet: they were repaired.
 
         With several tasks their sizes also decide what each task does.
         """
@@ -114,7 +114,7 @@ class Journal:
 
 
 def recipe_of(path: Path) -> dict[str, Any]:
-    """The recipe of a journal that another task may be writing at this moment: nothing is mended."""
+    """The recipe of a journal that another task may be writing at this moment: nothing is repaired."""
     try:
         with path.open("rb") as stream:
             return _recipe_in(path, stream.readline())
@@ -168,7 +168,7 @@ def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
             commit = version.removeprefix("commit ")
             return UserError(
                 f"{folder} was begun with {version} of {name}, which is now at {now[name]}: give `revision: {commit}` "
-                "in the recipe to go on, or choose another --out for the new one"
+                "in the recipe to resume, or choose another --out for the new one"
             )
     return UserError(
         f"{folder} belongs to another corpus (differs in: {', '.join(differing)}{changed}): "

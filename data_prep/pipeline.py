@@ -40,7 +40,7 @@ class ShardOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done. ``parts`` are those of the whole corpus, also where a task does only some."""
+    """What to do. ``parts`` are those of the whole corpus, even where a task does only some."""
 
     recipe: Recipe
     parts: list[Part]
@@ -98,7 +98,7 @@ class Begin(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A shard that stands, and what had been left out when its last document was read."""
+    """A finished shard, and what had been left out when its last document was read."""
 
     shard: ShardRecord
     totals: Totals
@@ -137,7 +137,7 @@ def make_shards(
     log: RejectsLog | None,
     stop: Position | None = None,
 ) -> Iterator[Finished]:
-    """Write shards from ``begin`` to the end of the parts, the recipe's bounds, or ``stop``; yield each when it stands.
+    """Write shards from ``begin`` to the end of the parts, the recipe's bounds, or ``stop``; yield each once finished.
 
     A thread makes a full shard durable (checksums, fsync) while the next one fills.
 
@@ -204,7 +204,7 @@ class _Finisher:
         self._pending = self._thread.submit(_finish, writer), totals
 
     def ready(self) -> Iterator[Finished]:
-        """Hand out the shard at work if it stands already: what is recorded late would be lost by a kill."""
+        """Hand out the shard that is being written if it is done: a kill loses whatever is recorded late."""
         if self._pending and self._pending[0].done():
             yield from self.wait()
 
@@ -235,7 +235,7 @@ def _allowed(recipe: Recipe, encoded: Encoded, begin: int, documents: int, text_
 
 
 def _cut(encoded: Encoded, begin: int, end: int, room: int) -> int:
-    """The end of the documents that go into a shard with room for so many tokens: the one that fills it is the last."""
+    """The end of the documents that go into a shard with room for this many tokens; the one that fills it is last."""
     sizes = np.cumsum(encoded.lengths[begin:end], dtype=np.int64)
     return begin + min(end - begin, int(np.searchsorted(sizes, room)) + 1)
 

@@ -26,7 +26,7 @@ class Source:
 
     source: str
     text: str = "text"  # the field that holds the text (jsonl, parquet, hf)
-    id: str | None = None  # the field that names a document (jsonl, parquet, hf): a name that stands twice is refused
+    id: str | None = None  # the field that names a document (jsonl, parquet, hf): a name that occurs twice is refused
     fields: dict[str, str] = field(default_factory=lambda: {name: name for name in LABELS})  # label -> field
     labels: dict[str, str] = field(default_factory=dict)  # label -> value for every document
     where: dict[str, list[str]] = field(default_factory=dict)  # label -> the values to keep
@@ -60,7 +60,7 @@ def load_recipe(path: Path) -> Recipe:
         UserError: it cannot be read, or has an unknown key or a bad type.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"recipe {path} is no regular file: write it into one")
+        raise UserError(f"recipe {path} is not a regular file: write it into one")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -110,7 +110,7 @@ def _shallow(source: Source) -> dict[str, Any]:
 
 
 def _build(kind: Any, values: Any, where: str) -> Any:
-    """``kind(**values)`` with unknown keys and bad types refused by name."""
+    """``kind(**values)`` with unknown keys and bad types refused, naming the key."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected keys and values, found {values!r}")
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -143,12 +143,12 @@ def _check_source(values: dict[str, Any], where: str) -> None:
             if label not in LABELS:
                 raise UserError(f"{where}: {key}: unknown label {label!r}: choose from {', '.join(LABELS)}")
             if key == "where" and not isinstance(value, list):
-                raise UserError(f"{where}: {key}: {label}: {value!r} is no list: write {label}: [A, B]")
+                raise UserError(f"{where}: {key}: {label}: {value!r} is not a list: write {label}: [A, B]")
             for item in value if key == "where" else [value]:
                 if not isinstance(item, str):
                     raise UserError(
-                        f"{where}: {key}: {label}: YAML reads this value as {item!r}, which is no string: "
+                        f"{where}: {key}: {label}: YAML reads this value as {item!r}, which is not a string: "
                         "put it in quotes, as in 'no' or '3'"
                     )
                 if not is_utf8(item):
-                    raise UserError(f"{where}: {key}: {label}: {item!r} is no UTF-8: write it otherwise")
+                    raise UserError(f"{where}: {key}: {label}: {item!r} is not UTF-8: write it otherwise")

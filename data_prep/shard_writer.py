@@ -103,7 +103,7 @@ class ShardWriter:
         table = pyarrow.table({**columns, "bytes": _numbers(sizes)})
         if any(name is not None for name in self._ids):
             table = table.append_column("id", _strings(self._ids))
-        # Not by name: one with a colon would be taken for an address.
+        # As a stream: a name with a colon would be taken for an address.
         with self._temporary("labels.parquet").open("wb") as stream:
             pyarrow.parquet.write_table(table, stream, compression="zstd")
         return {
@@ -160,5 +160,5 @@ def disk_error(folder: Path, error: OSError) -> UserError:
     """The one line for a folder that cannot be written."""
     return UserError(
         f"{folder} cannot be written ({error.strerror or error}): make room or choose another --out, and run the "
-        "same command again, which goes on where it stopped"
+        "same command again, which resumes where it stopped"
     )

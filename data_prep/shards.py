@@ -128,7 +128,7 @@ def merge(folder: Path) -> Manifest:
             return _merge(folder)
     except OSError as error:
         raise UserError(
-            f"{error.filename or folder} cannot be read or written ({error.strerror or error}): mend that and run "
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error}): repair that and run "
             f"`monet-data merge {folder}` again"
         ) from None
 
@@ -192,7 +192,7 @@ def _write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer)
 
 
 def _remove_journals(folder: Path) -> None:
-    """What the manifest says, a journal need not; one may be left of a run that was killed in between."""
+    """What the manifest says, a journal need not say; a run that was killed in between may have left one."""
     for path in folder.glob("progress*.jsonl"):
         path.unlink()
 
@@ -240,7 +240,7 @@ def _rebuild(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecor
 
 
 def _stands(folder: Path, shard: ShardRecord) -> bool:
-    """Whether all files of a shard are there in full length; what is in them is the business of ``verify``."""
+    """Whether all files of a shard are there in full length; ``verify`` checks what is in them."""
     files = {folder / f"{shard.name}.{suffix}": record.bytes for suffix, record in shard.files.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
@@ -263,7 +263,7 @@ def _judge(log: RejectsLog, kept: int, enough: int, max_bad_share: float) -> Non
     if seen >= enough and bad > max_bad_share * seen:
         raise UserError(
             f"{bad} of {seen} documents are bad ({', '.join(log.totals.rejected)}), more than the share of "
-            f"{max_bad_share} that is allowed: see {log.path}, then raise --max-bad-share, or mend the source and "
+            f"{max_bad_share} that is allowed: see {log.path}, then raise --max-bad-share, or repair the source and "
             "begin in an empty --out"
         )
 

@@ -57,7 +57,7 @@ class Part:
     version: str = ""  # hub: see HubDataset; files: a hash over their names and sizes
 
     def identity(self) -> list[Any]:
-        """What must be equal for a restart to go on: names and sizes, without the folder they lie in."""
+        """What must be equal for a restart to resume: names and sizes, without the folder they lie in."""
         if self.kind == "hub":
             source = self.source
             return [
@@ -76,10 +76,10 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
     """All parts of a recipe, in order: sources as given, files of a source by name.
 
     Args:
-        outside: a folder whose files are no source, whatever matches them: what is being made.
+        outside: a folder whose files are never sources, whatever pattern matches them: the output.
 
     Raises:
-        UserError: a source matches nothing, cannot be read, has no known format or a name that is no UTF-8.
+        UserError: a source matches nothing, cannot be read, has no known format or a name that is not UTF-8.
     """
     parts: list[Part] = []
     for source in recipe.sources:
@@ -92,7 +92,7 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
     for part in parts:
         names = [part.path, *(word for entry in part.files for word in (entry.path, *dict(entry.labels).values()))]
         if wrong := next((name for name in names if not is_utf8(name)), None):
-            raise UserError(f"source {wrong!a}: the name is no UTF-8: rename it")
+            raise UserError(f"source {wrong!a}: the name is not UTF-8: rename it")
     return parts
 
 
@@ -149,7 +149,7 @@ def _regular(path: str) -> str:
     if not Path(path).exists():
         raise UserError(f"source {path} is a link to nothing: restore what it leads to, or remove it")
     if not Path(path).is_file():
-        raise UserError(f"source {path} is no regular file: write what comes out of it into one")
+        raise UserError(f"source {path} is not a regular file: write its output into one")
     return path
 
 
@@ -212,7 +212,7 @@ def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
         group.append(entry)
         bytes_ = Path(entry.path).stat().st_size
         size += bytes_
-        # Below its folder; of an installation, whose place on the machine is no part of the corpus, the name alone.
+        # Below its folder; of an installation, whose place on the machine is not part of the corpus, the name alone.
         place = entry.path.removeprefix(name) if entry.path.startswith(name) else Path(entry.path).name
         told += f"{place} {bytes_}\n"
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
@@ -253,7 +253,7 @@ def open_hub(source: Source) -> HubDataset:
         ) from None
 
 
-@lru_cache(maxsize=128)  # what the hub answers at first holds for all streams of a run
+@lru_cache(maxsize=128)  # the hub's first answer holds for all streams of a run
 def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> HubDataset:
     import datasets
 
@@ -266,7 +266,7 @@ def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, r
 
 
 def _version(files: list[str]) -> str:
-    """What a dataset's name stands for today. Addresses on the hub name the commit."""
+    """The commit that a dataset's name means today. Addresses on the hub name the commit."""
     commits = {found[1] for file in files if (found := re.search(r"^hf://[^@]+@([0-9a-f]{40})/", file))}
     if len(commits) == 1:
         return f"commit {commits.pop()}"

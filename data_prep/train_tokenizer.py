@@ -190,7 +190,7 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
 
 
 def tokenizer_report(tokenizer: Tokenizer, texts: dict[str, list[str]]) -> dict[str, Any]:
-    """Vocabulary size and, by source: documents, bytes a token, share of unknown tokens, round-trip failures.
+    """Vocabulary size and, by source: documents, bytes per token, share of unknown tokens, round-trip failures.
 
     The share is None where the tokenizer has no unknown token.
     """

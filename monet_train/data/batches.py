@@ -59,7 +59,7 @@ def micro_steps(global_batch_size: int, micro_batch_size: int, data_size: int) -
     together = micro_batch_size * data_size
     if min(global_batch_size, together) < 1 or global_batch_size % together:
         raise UserError(
-            f"train.global_batch_size={global_batch_size} is no multiple of train.micro_batch_size="
+            f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
             f"{micro_batch_size} x {data_size} data ranks: nearest valid values "
             f"{max(1, global_batch_size // max(1, together)) * together} and "
             f"{(global_batch_size // max(1, together) + 1) * together}"

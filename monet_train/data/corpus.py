@@ -58,7 +58,7 @@ class Corpus:
 
     train: PackedSequences | Blend
     valid: Blend | None
-    identity: dict[str, Any]  # what decides the order of sequences, by name
+    identity: dict[str, Any]  # what decides the order of sequences, by key
     vocab_size: int  # of the tokenizer; of the model where the shards do not tell
     tokenizer: StoredTokenizer | None
     train_tokens: int  # in one epoch

@@ -66,7 +66,7 @@ def read_index_header(prefix: Path) -> IndexHeader:
     """Read and check the header of ``prefix.idx`` against both files' sizes, without reading their contents.
 
     Raises:
-        UserError: a file of the pair is missing, is no index, or is shorter or longer than it says.
+        UserError: a file of the pair is missing, is not an index, or is shorter or longer than it says.
     """
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (bin_, idx):
@@ -75,14 +75,14 @@ def read_index_header(prefix: Path) -> IndexHeader:
     with idx.open("rb") as stream:
         head = stream.read(HEADER_BYTES)
         if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
-            raise UserError(f"{idx} is no Megatron index: {REBUILD}, or correct data.path")
+            raise UserError(f"{idx} is not a Megatron index: {REBUILD}, or correct data.path")
         version, code, sequences, borders = HEADER.unpack(head[len(MAGIC) :])
         if version != VERSION or code not in DTYPES:
             raise UserError(f"{idx} has version {version} and type code {code}, which cannot be read: {REBUILD}")
         dtype = DTYPES[code]
         lengths, pointers = HEADER_BYTES, HEADER_BYTES + 4 * sequences
         expected = pointers + 8 * sequences + 8 * borders
-        # A multimodal index has one more byte a sequence.
+        # A multimodal index has one more byte per sequence.
         if idx.stat().st_size not in (expected, expected + sequences):
             raise UserError(f"{idx} has {idx.stat().st_size} bytes instead of {expected} (truncated?): {REBUILD}")
         bin_bytes = 0

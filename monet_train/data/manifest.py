@@ -97,7 +97,7 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}): {remedy}") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise UserError(f"{path} is no manifest of format {FORMAT}: {remedy}")
+            raise UserError(f"{path} is not a manifest of format {FORMAT}: {remedy}")
         stored = values.pop("fingerprint", None)
         try:
             manifest: Manifest = from_json(cls, values, "manifest")

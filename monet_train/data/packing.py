@@ -312,7 +312,7 @@ def _mendable(folder: Path) -> Iterator[None]:
 def _node_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
-    with contextlib.suppress(NotImplementedError, OSError):  # a file system without locks: go on without
+    with contextlib.suppress(NotImplementedError, OSError):  # a file system without locks: continue without
         lock.acquire()
     try:
         yield

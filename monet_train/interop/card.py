@@ -20,7 +20,7 @@ A [Monet](https://arxiv.org/abs/2412.04139) (Mixture of Monosemantic Experts for
 | parameters | {parameters:,} |
 | layers, width | {c.num_hidden_layers}, {c.hidden_size} |
 | attention heads (key/value) | {c.num_attention_heads} ({c.kv_heads}) |
-| experts a layer | {c.moe_experts}² = {experts:,} of {c.moe_dim} units, {c.moe_decompose} decomposition |
+| experts per layer | {c.moe_experts}² = {experts:,} of {c.moe_dim} units, {c.moe_decompose} decomposition |
 | routing | {c.moe_heads} heads, about {c.moe_topk} half-experts each; one router for {c.moe_groups} layers |
 | vocabulary, context | {c.vocab_size}, {c.max_position_embeddings} |
 | stored as | {dtype} |

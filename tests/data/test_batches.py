@@ -81,7 +81,7 @@ def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
 
 @pytest.mark.parametrize(("micro_batch", "data_size"), [(5, 1), (4, 4), (0, 1)])
 def test_a_global_batch_that_the_ranks_cannot_make_is_refused(micro_batch: int, data_size: int) -> None:
-    with pytest.raises(UserError, match=r"train\.global_batch_size=24 is no multiple"):
+    with pytest.raises(UserError, match=r"train\.global_batch_size=24 is not a multiple"):
         layout(24, micro_batch, data_size, step=0)
 
 

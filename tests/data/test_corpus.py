@@ -377,7 +377,7 @@ def test_an_index_from_elsewhere_is_refused(shards: Path, tmp_path: Path) -> Non
     (folder / "shard-00000.idx").write_bytes((folder / "shard-00001.idx").read_bytes())
     refused(str(folder), "shard-00000.bin has .*, its index shard-00000.idx says")
     (folder / "shard-00000.idx").write_bytes(b"no index at all" * 10)
-    refused(str(folder), "shard-00000.idx is no Megatron index")
+    refused(str(folder), "shard-00000.idx is not a Megatron index")
 
 
 def test_a_bad_manifest_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stopped, killed, out of disk, out of sources: what is there stays whole, and the same command goes on."""
+"""Stopped, killed, out of disk, out of sources: what is there stays whole, and the same command resumes."""
 
 from __future__ import annotations
 

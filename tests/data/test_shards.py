@@ -188,7 +188,7 @@ def test_a_document_id_that_stands_twice_is_refused(tasks: int, data, tokenizer:
     for _ in range(2):  # the same command again does not let it pass
         status, _, err = run(tmp_path / "bad")
         assert status == 2 and err.count("\n") == 1 and not (tmp_path / "bad" / "manifest.json").exists()
-        assert "document id 'd5' stands twice, in shard-" in err and "document 5 and shard-" in err
+        assert "document id 'd5' occurs twice, in shard-" in err and "document 5 and shard-" in err
     journals = [Journal(path) for path in sorted((tmp_path / "bad").glob("progress*.jsonl"))]
     for journal in journals:
         journal.open(None)
@@ -239,7 +239,7 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "misspelt choice": (
             ["tokenizer", good, "--model-type", "foo", "--vocab-size", 300, "--out", folder / "t"],
             "error: --model-type 'foo': choose bpe, unigram"),
-        "part of a worker": (["shards", good, *shards, "--workers", "1.7"], "--workers: '1.7' is no number"),
+        "part of a worker": (["shards", good, *shards, "--workers", "1.7"], "--workers: '1.7' is not a number"),
         "very many workers": (["shards", good, *shards, "--workers", "1M"], "--workers: 1M is more than 1024"),
         "empty name of a source": (["shards", "", *shards], "SOURCE: it is empty"),
         "empty name of a folder": (["shards", good, *shards, "--out", ""], "--out: it is empty"),
@@ -249,10 +249,10 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "no format": (["shards", folder / "notes.docx", *shards], "no known format"),
         "empty corpus": (["shards", folder / "empty.jsonl", *shards], "hold no document"),
         "link to nothing": (["shards", folder / "g*.jsonl", *shards], "gone.jsonl is a link to nothing"),
-        "pipe": (["shards", folder / "pipe.jsonl", *shards], "pipe.jsonl is no regular file"),
-        "pipe for a recipe": (["shards", folder / "pipe.yaml", *shards], "pipe.yaml is no regular file"),
-        "name that is no UTF-8": (["shards", folder / "na*me.jsonl", *shards], "the name is no UTF-8: rename it"),
-        "label that is no UTF-8": (["shards", good, *shards, "--label", "lang=\udcff"], "is no UTF-8"),
+        "pipe": (["shards", folder / "pipe.jsonl", *shards], "pipe.jsonl is not a regular file"),
+        "pipe for a recipe": (["shards", folder / "pipe.yaml", *shards], "pipe.yaml is not a regular file"),
+        "name that is not UTF-8": (["shards", folder / "na*me.jsonl", *shards], "the name is not UTF-8: rename it"),
+        "label that is not UTF-8": (["shards", good, *shards, "--label", "lang=\udcff"], "is not UTF-8"),
         "hub dataset with too many parts": (["shards", "hf:a:b:c:d", *shards], "write hf:NAME"),
         "gzip cut short": (["shards", folder / "cut.jsonl.gz", *shards], "cut.jsonl.gz cannot be read (cut short"),
         "text in a gzip cut short": (["shards", folder / "cut.txt.gz", *shards], "cut.txt.gz cannot be read (cut"),
@@ -269,8 +269,8 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "bad tokenizer": (["shards", good, "--tokenizer", folder / "bad.model", *shards[2:]], "is not a Sent"),
         "vocabulary too large": (
             ["tokenizer", jsonl / "*.jsonl", "--vocab-size", 50000, "--out", folder / "t"], "Vocabulary size too high"),
-        "bad share": (["shards", good, *shards, "--max-bad-share", "nan"], "'nan' is no number from 0 to 1"),
-        "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is no number"),
+        "bad share": (["shards", good, *shards, "--max-bad-share", "nan"], "'nan' is not a number from 0 to 1"),
+        "bad number": (["tokenizer", "x", "--vocab-size", "many", "--out", folder / "t"], "'many' is not a number"),
         "address of a tokenizer": (
             ["shards", good, "--tokenizer", "s3://b/t.model", *shards[2:]], "s3://b/t.model is not on a file system"),
         "address of a tokenizer to write": (
@@ -282,7 +282,7 @@ def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[o
         "long name of a tokenizer": (
             ["shards", good, "--tokenizer", folder / ("x" * 300), *shards[2:]], "xxx: the name is too long for a file"),
         "long name of a folder": (["info", folder / ("x" * 300)], "File name too long"),
-        "merge nothing": (["merge", folder / "nowhere"], "nowhere is no folder"),
+        "merge nothing": (["merge", folder / "nowhere"], "nowhere is not a folder"),
         "verify nothing": (["verify", folder / "nowhere"], "manifest.json is missing"),
         "info nothing": (["info", folder / "nowhere"], "manifest.json is missing"),
     }  # fmt: skip

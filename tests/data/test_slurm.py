@@ -55,7 +55,7 @@ def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: To
 
 
 def test_a_task_that_fails_is_not_merged(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The merge leaves the queue; the same command goes on when the cause is mended."""
+    """The merge leaves the queue; the same command resumes when the cause is repaired."""
     sources = shutil.copytree(jsonl, tmp_path / "sources")
     with sorted(sources.glob("*.jsonl"))[-1].open("a") as stream:
         stream.write("no JSON\n")

@@ -188,13 +188,13 @@ def test_the_values_of_where_are_joined(data, jsonl: Path, tokenizer: Tokenizer,
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("where: {lang: en}", "where: lang: 'en' is no list: write lang: [A, B]"),
+        ("where: {lang: en}", "where: lang: 'en' is not a list: write lang: [A, B]"),
         (
             "where: {lang: [no, en]}",
-            "where: lang: YAML reads this value as False, which is no string: put it in quotes",
+            "where: lang: YAML reads this value as False, which is not a string: put it in quotes",
         ),
-        ("labels: {lang: no}", "labels: lang: YAML reads this value as False, which is no string: put it in quotes"),
-        ("fields: {lang: 3}", "fields: lang: YAML reads this value as 3, which is no string: put it in quotes"),
+        ("labels: {lang: no}", "labels: lang: YAML reads this value as False, which is not a string: put it in quotes"),
+        ("fields: {lang: 3}", "fields: lang: YAML reads this value as 3, which is not a string: put it in quotes"),
     ],
 )
 def test_a_recipe_with_values_that_are_no_strings_is_refused(keys: str, words: str, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_the_recipe_of_fineweb_edu_reads_a_dataset_laid_out_like_it(data, tokeni
 
 
 def test_a_hub_dataset_that_moved_on(data, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
-    """Its new commit is not mixed with the old one, and the line tells how to go on with that."""
+    """Its new commit is not mixed with the old one, and the line tells how to resume with that."""
     old, new = "a" * 40, "b" * 40
     addresses = [f"hf://datasets/owner/name@{old}/data/{number}.parquet" for number in range(2)]
     assert sources._version(addresses) == f"commit {old}"
@@ -331,7 +331,7 @@ def test_a_hub_dataset_that_moved_on(data, tokenizer: Tokenizer, tmp_path: Path,
         recipe.write_text(yaml.safe_dump({"sources": [entry | ({"revision": revision} if revision else {})]}))
         found, _, err = data(*command)
         assert found == status, err
-        assert status == 0 or (f"`revision: {old}` in the recipe to go on" in err and err.count("\n") == 1)
+        assert status == 0 or (f"`revision: {old}` in the recipe to resume" in err and err.count("\n") == 1)
 
 
 def test_a_folder_of_save_to_disk_is_refused(data, tokenizer: Tokenizer, tmp_path: Path) -> None:

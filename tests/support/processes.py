@@ -81,7 +81,7 @@ def _run(environment: dict[str, str], output: Path, function: Callable[..., None
 
 
 def _wait(processes: list[Any]) -> None:
-    """Until all have ended, but not for ever; nor, once one has failed, for long."""
+    """Until all have ended, but not forever; nor, once one has failed, for long."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while running := [process for process in processes if process.exitcode is None]:
         if any(process.exitcode for process in processes):
