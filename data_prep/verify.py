@@ -138,7 +138,7 @@ def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
     """Compare what the manifest counts in a sound shard's labels."""
     import pyarrow.parquet
 
-    with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is no address
+    with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is not an address
         # Not read_table: its threads can outlive the interpreter, which then aborts.
         table = pyarrow.parquet.ParquetFile(stream).read([*LABELS, "bytes"], use_threads=False)
     lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()

@@ -161,7 +161,7 @@ def test_borders_for_reset_are_those_of_the_documents(tmp_path: Path) -> None:
     corpus = open_(prefix, tmp_path, reset_attention=True, reset_positions=True, validation_fraction=0.0)
     borders = 0
     for i in range(corpus.train.per_epoch):
-        tokens, segments, positions = corpus.train[i]
+        tokens, segments, positions, _ = corpus.train[i]
         assert tokens.shape == (S + 1,) and segments.shape == positions.shape == (S,)
         starts = torch.cat([torch.tensor([True]), tokens[1:-1] != tokens[:-2]])
         assert torch.equal(segments, starts.cumsum(0) - 1)
