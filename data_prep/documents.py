@@ -319,6 +319,8 @@ def _read_hub(part: Part) -> Iterator[Chunk]:
             if len(rows) == ROWS_PER_CHUNK:
                 yield Chunk(part, first, rows, 0)
                 first, rows = first + len(rows), []
+    except UserError:
+        raise
     except Exception as error:  # of the network, of a reader that datasets chose
         raise unreadable(part.path, error) from None
     if rows:

@@ -9,10 +9,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from data_prep.zstd import ZstdError, ZstdReader
 from monet_train.errors import UserError
 
 COMPRESSIONS = (".gz", ".zst", ".xz")
-READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, ZstdError)
 
 
 def is_remote(path: str) -> bool:
@@ -40,10 +41,6 @@ def open_raw(path: str) -> Any:
             import fsspec
 
             return fsspec.open(path, "rb").open()
-        if path.endswith(".zst"):  # for its decompressor, which calls a file of Python's back for every block
-            import pyarrow
-
-            return pyarrow.OSFile(os.fsencode(path))
         return Path(path).open("rb")
     except (OSError, ImportError, ValueError) as error:
         raise unreadable(path, error) from None
@@ -56,9 +53,7 @@ def decompress(raw: Any, path: str) -> Any:
     if path.endswith(".xz"):
         return lzma.LZMAFile(raw)
     if path.endswith(".zst"):
-        import pyarrow
-
-        return pyarrow.CompressedInputStream(raw, "zstd")
+        return ZstdReader(raw, path)
     return raw
 
 
@@ -66,7 +61,7 @@ def unreadable(path: str, error: BaseException) -> UserError:
     """The one line for a source that cannot be (wholly) read."""
     number = error.errno if isinstance(error, OSError) else None
     reason = os.strerror(number) if number else str(error) or type(error).__name__
-    if isinstance(error, EOFError | lzma.LZMAError | zlib.error) or "runcated" in reason:
+    if isinstance(error, EOFError | lzma.LZMAError | zlib.error | ZstdError):
         reason = f"cut short or damaged: {reason}"
     return UserError(
         f"source {path} cannot be read ({' '.join(reason.split())}): restore the file and run the same command again, "

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from data_prep.files import is_remote, is_utf8, suffix_of, unreadable
 from data_prep.installed import installed_files
 from data_prep.recipe import Recipe, Source
+from data_prep.zstd import ZstdReader
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_text
 
@@ -245,6 +246,8 @@ def open_hub(source: Source) -> HubDataset:
     name = source.source.removeprefix("hf:")
     try:
         return _load_hub(name, source.config, source.data_dir, source.split, source.revision)
+    except UserError:
+        raise
     except Exception as error:  # the hub's clients raise dozens of kinds
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -256,13 +259,20 @@ def open_hub(source: Source) -> HubDataset:
 @lru_cache(maxsize=128)  # the hub's first answer holds for all streams of a run
 def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, revision: str | None) -> HubDataset:
     import datasets
+    import fsspec.compression
 
+    fsspec.compression.register_compression("zstd", _open_zstd, "zst", force=True)  # theirs reads small windows alone
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, and we say in one line
     if (Path(name) / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         raise ValueError("the folder was made by save_to_disk: write the dataset with to_parquet and give those files")
     builder = datasets.load_dataset_builder(name, config, data_dir=data_dir, revision=revision)
     files = [file for of_split in (builder.config.data_files or {}).values() for file in of_split]
     return HubDataset(builder.as_streaming_dataset(split=split), _version(files))
+
+
+def _open_zstd(raw: Any, mode: str) -> ZstdReader:
+    assert mode == "r", "a dataset is not written"
+    return ZstdReader(raw, str(getattr(raw, "path", None) or getattr(raw, "name", "of the dataset")))
 
 
 def _version(files: list[str]) -> str:

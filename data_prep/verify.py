@@ -14,6 +14,7 @@ from data_prep.ids import find_duplicates
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import count_labels
 from monet_train.data.index_file import check_index, read_index, read_index_header
+from monet_train.data.labels import read_labels
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file
@@ -24,7 +25,7 @@ SCAN_TOKENS = 1 << 24  # read at once
 
 
 def verify(folder: Path) -> tuple[Manifest, list[str]]:
-    """Check a shard folder wholly.
+    """Check all of a shard folder.
 
     Returns:
         The manifest, and one line for each problem that names the shard and how to rebuild just that one.
@@ -136,15 +137,11 @@ def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manif
 
 def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
     """Compare what the manifest counts in a sound shard's labels."""
-    import pyarrow.parquet
-
-    with (folder / f"{record.name}.labels.parquet").open("rb") as stream:  # a name with a colon is not an address
-        # Not read_table: its threads can outlive the interpreter, which then aborts.
-        table = pyarrow.parquet.ParquetFile(stream).read([*LABELS, "bytes"], use_threads=False)
+    table = read_labels(folder / record.name, columns=[*LABELS, "bytes"])
     lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()
     labels = {}
     for name in LABELS:
-        column = table[name].combine_chunks()
+        column = table[name].chunk(0)
         codes = column.indices.fill_null(-1).to_numpy()
         labels[name] = count_labels(column.dictionary.to_pylist(), codes, lengths, sizes)
     if labels != record.labels or sizes.sum() != record.text_bytes:

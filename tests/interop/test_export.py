@@ -16,6 +16,7 @@ from monet_train.interop.export import main, save_pretrained
 from monet_train.kernels import plain
 from monet_train.model.transformer import MonetForCausalLM
 from tests.support import GOLDEN
+from tests.support.commands import exit_status
 
 
 @pytest.fixture
@@ -26,16 +27,6 @@ def model() -> MonetForCausalLM:
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """``monet-export`` with these arguments: its exit status."""
-    monkeypatch.setattr("sys.argv", ["monet-export", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 def test_round_trip_is_exact(export: Path, golden_folder: Path, answers: dict[str, torch.Tensor]) -> None:
@@ -73,10 +64,10 @@ def test_large_weights_are_sharded(
         assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_command_exports_a_run_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_exports_a_run_in_bf16(tmp_path: Path) -> None:
     step = shutil.copytree(GOLDEN / "tiny_horizontal", tmp_path / "run" / "checkpoints" / "step_00000007")
     (step.parent / "latest").write_text(step.name)
-    assert run_command(monkeypatch, tmp_path / "run", tmp_path / "out" / "hf", "--dtype", "bf16") == 0
+    assert exit_status(main, "monet-export", tmp_path / "run", tmp_path / "out" / "hf", "--dtype", "bf16") == 0
     original, exported = (load_file(f / "model.safetensors") for f in (step, tmp_path / "out" / "hf"))
     for name, tensor in exported.items():
         statistics = "norm1" in name or "norm2" in name
@@ -147,10 +138,10 @@ def test_the_working_folder_can_be_the_target(
     "source, message", [("absent", "absent is not a folder"), ("empty", "neither config.json nor checkpoints/latest")]
 )
 def test_command_refuses_in_one_line(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    assert run_command(monkeypatch, tmp_path / source, tmp_path / "out") == 2
+    assert exit_status(main, "monet-export", tmp_path / source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from monet_train.interop.generate import Sampling, generate_tokens, main, stream
 from monet_train.model.identity import identify
 from monet_train.tokenizers import load_tokenizer
 from tests.support import GOLDEN
+from tests.support.commands import exit_status
 
 GREEDY = Sampling(temperature=0)
 
@@ -95,38 +96,24 @@ def test_text_streams_by_whole_characters(tmp_path: Path) -> None:
     assert "".join(stream_text(tokenizer, unfinished[:1], unfinished[1:])).startswith("the prompt \ufffd")
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    """``monet-generate`` with these arguments: its exit status."""
-    monkeypatch.setattr("sys.argv", ["monet-generate", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-def test_command_continues_the_prompt(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_continues_the_prompt(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for options in (["--temperature", "0"], ["--temperature", "0", "--no-cache"], ["--seed", "1"], ["--seed", "2"]):
-        assert run_command(monkeypatch, run, "--prompt", "def test", "--max-new-tokens", "12", *options) == 0
+        assert exit_status(main, "monet-generate", run, "--prompt", "def test", "--max-new-tokens", "12", *options) == 0
         outputs.append(capsys.readouterr().out)
     assert all(output.startswith("def test") and len(output) > len("def test\n") for output in outputs)
     assert outputs[0] == outputs[1]
     assert all(one != other for one, other in itertools.combinations(outputs[1:], 2))
 
 
-def test_command_masks_experts(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_masks_experts(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     everything = ExpertSet(identify(load_pretrained(run)), {}).inverted()
     outputs = []
     for factor in (1.0, 0.0):
         file = everything.with_factor(factor).save(tmp_path / "all.experts.safetensors")
         options = ["--prompt", "def test", "--temperature", "0", "--max-new-tokens", "12"]
         for arguments in (options, [*options, "--experts", file]):
-            assert run_command(monkeypatch, run, *arguments) == 0
+            assert exit_status(main, "monet-generate", run, *arguments) == 0
             outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] == outputs[2] != outputs[3]
 
@@ -148,19 +135,16 @@ def test_command_refuses_in_one_line(
     run: Path,
     arguments: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run_command(monkeypatch, run, *arguments) == 2
+    assert exit_status(main, "monet-generate", run, *arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err and captured.err.startswith("error: ") and captured.err.count("\n") == 1
 
 
-def test_command_asks_for_a_tokenizer_where_there_is_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_command(monkeypatch, GOLDEN / "tiny_vertical", "--prompt", "a") == 2
+def test_command_asks_for_a_tokenizer_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(main, "monet-generate", GOLDEN / "tiny_vertical", "--prompt", "a") == 2
     assert "holds no tokenizer; name one with --tokenizer" in capsys.readouterr().err
 
 

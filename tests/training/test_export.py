@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from monet_train import load_pretrained
 from monet_train.interop.export import main as monet_export
+from tests.support.commands import exit_status
 from tests.support.runs import TINY, train_in_turn, weights
 
 STEPS = 5
@@ -37,12 +37,11 @@ def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def export(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+def export(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
     """``monet-export`` of the run of that name."""
 
     def command(name: str) -> Path:
-        monkeypatch.setattr(sys, "argv", ["monet-export", str(runs / name), str(tmp_path / name)])
-        monet_export()
+        assert exit_status(monet_export, "monet-export", runs / name, tmp_path / name) == 0
         return tmp_path / name
 
     return command
