@@ -26,7 +26,7 @@ class ForwardFlops:
     head: float
 
     @classmethod
-    def of(cls, config: MonetConfig, seq_length: int) -> ForwardFlops:
+    def per_token(cls, config: MonetConfig, seq_length: int) -> ForwardFlops:
         """The parts for sequences of ``seq_length`` tokens."""
         d = config.hidden_size
         return cls(
@@ -50,7 +50,7 @@ def forward_flops_per_token(config: MonetConfig, seq_length: int) -> float:
     Within 0.5% of the paper's Table 8 for the 1.4B (6745.30 TFLOP for 2^21 tokens; 8017.81 with a router in every
     layer).
     """
-    flops = ForwardFlops.of(config, seq_length)
+    flops = ForwardFlops.per_token(config, seq_length)
     return config.num_hidden_layers * flops.layer + len(config.router_layers) * flops.router + flops.head
 
 
@@ -75,7 +75,7 @@ class WorkDone:
         Args:
             active: for every router, the half-experts of each side that a token uses in at least one head.
         """
-        dense = ForwardFlops.of(config, seq_length)
+        dense = ForwardFlops.per_token(config, seq_length)
         passes = 4 if self.recompute else 3
         total = 3 * dense.head
         for layer in range(config.num_hidden_layers):

@@ -36,6 +36,6 @@ def test_utilisation() -> None:
     unknown = measured(peak=None)
     assert unknown.mfu is unknown.hfu is None
     less = measured(peak=None, second=0.0)
-    experts = ForwardFlops.of(config, 64).experts
+    experts = ForwardFlops.per_token(config, 64).experts
     fewer = 2 * 3 * sum(experts.up + experts.down + experts.mixing)
     assert dense - share - less.flops_per_token > fewer  # both layers of that router do less
