@@ -58,8 +58,6 @@ class MonetConfig(PretrainedConfig):
     ) -> None:
         if moe_decompose not in ("vertical", "horizontal"):
             raise ValueError(f"moe_decompose={moe_decompose!r} is unknown: use 'vertical' or 'horizontal'")
-        if router_statistics not in ("frozen", "update"):
-            raise ValueError(f"router_statistics={router_statistics!r} is unknown: use 'frozen' or 'update'")
         if hidden_act != "relu2" or attention_bias or rope_scaling or tie_word_embeddings:
             raise ValueError(
                 "this modelling file has hidden_act='relu2', attention_bias=False, rope_scaling=None and "
@@ -92,3 +90,9 @@ class MonetConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.tie_word_embeddings = tie_word_embeddings
         super().__init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        # here, because from_pretrained(..., router_statistics=...) sets it on a ready configuration
+        if key == "router_statistics" and value not in ("frozen", "update"):
+            raise ValueError(f"router_statistics={value!r} is unknown: use 'frozen' or 'update'")
+        super().__setattr__(key, value)
