@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from monet_train.config.compose import hydra_main
+from monet_train.config.command_line import run_command
 from monet_train.config.schema import TrainConfig
 from monet_train.errors import one_line_errors
 from monet_train.parallel.launch import Launch, read_launch
@@ -15,7 +15,7 @@ def main() -> None:
     launch = one_line_errors(read_launch)()
     # the deepspeed launcher adds this argument to what it also says in the environment
     sys.argv = [argument for argument in sys.argv if not argument.startswith("--local_rank=")]
-    hydra_main(lambda config: train(config, launch), launch.rank)
+    run_command(lambda config: train(config, launch), launch.rank, launch.world_size)
 
 
 def train(config: TrainConfig, launch: Launch) -> None:

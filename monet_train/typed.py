@@ -168,6 +168,8 @@ DESCRIPTIONS = {
 
 def describe(kind: Any) -> str:
     """A type in plain words: ``int | None`` is "a whole number or null"."""
+    if get_origin(kind) in (list, tuple):
+        return f"a list of {describe(get_args(kind)[0]).removeprefix('a ')}s"
     if get_origin(kind) in (UnionType, Union):
         return " or ".join(map(describe, get_args(kind)))
     if is_dataclass(kind):

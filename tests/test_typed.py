@@ -76,7 +76,7 @@ def test_a_whole_number_is_a_number() -> None:
 
 def test_types_in_plain_words() -> None:
     assert describe(int | None) == "a whole number or null"
-    assert describe(list[float]) == "a list"
+    assert describe(list[float] | None) == "a list of numbers or null"
 
 
 @pytest.mark.parametrize(

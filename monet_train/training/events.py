@@ -38,6 +38,14 @@ class Resume(Event):
 
 
 @dataclass(frozen=True)
+class Changed(Event):
+    """A run continues with other values than those it was trained with so far; ``config.yaml`` has the new ones."""
+
+    event = "changed"
+    changed: dict[str, list[Any]]  # by dotted key: [before, now]
+
+
+@dataclass(frozen=True)
 class Save(Event):
     """A checkpoint is complete."""
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from monet_train.checkpoints.layout import checkpoints_folder
+from monet_train.checkpoints.layout import Description, checkpoints_folder
 from monet_train.checkpoints.resume import check_complete, check_same_run, find_resume
 from monet_train.config.schema import TrainConfig
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
@@ -20,7 +20,13 @@ from monet_train.training.callbacks.table import find_callbacks
 from monet_train.training.checks import check_config, total_steps
 from monet_train.training.optimizers import check_optimizer
 from monet_train.training.prepared import Prepared
-from monet_train.training.run_folder import DATA_CACHE, check_run_folder, lock_run_folder
+from monet_train.training.run_folder import (
+    DATA_CACHE,
+    changed_values,
+    check_run_folder,
+    check_something_to_train,
+    lock_run_folder,
+)
 from monet_train.training.schedules import check_schedule
 
 
@@ -58,7 +64,12 @@ def preflight(config: TrainConfig, launch: Launch, resources: ExitStack) -> Prep
     if lock is not None:
         resources.enter_context(lock)
     _check_newest(config, folder, resume)
-    return Prepared(config, launch, device, topology, kernels, folder, steps, corpus, resume, identity)
+    step = Description.read(resume).step if resume else 0
+    changed = agree(lambda: changed_values(folder, config))
+    agree(lambda: check_something_to_train(folder, step, steps, changed))
+    return Prepared(
+        config, launch, device, topology, kernels, folder, steps, corpus, resume, identity, changed, step == steps
+    )
 
 
 def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,8 @@ class Prepared:
     corpus: Corpus
     resume: Path | None  # the checkpoint to continue from
     identity: dict[str, dict[str, Any]]  # what a run that resumes must share, by section and key
+    changed: dict[str, list[Any]]  # values that differ from those the run was last trained with, by key: [before, now]
+    finished: bool  # the checkpoint to continue from is that of the last step
 
     @property
     def micro_step_sequences(self) -> int:

@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,59 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
             f"run.dir={folder} has checkpoints and checkpoint.resume=never; "
             "choose another run.dir, or checkpoint.resume=auto to resume"
         )
+
+
+# Keys that do not change what is trained: where files lie, what is shown, saved and measured, what the run runs on.
+# The data and their order are compared by content (``run_identity``); the length has a check of its own.
+NOT_TRAINED = (
+    "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.max_steps", "train.max_tokens",
+    "kernels", "callbacks", "checkpoint.", "eval.", "logging.",
+)  # fmt: skip
+
+
+def changed_values(folder: Path, config: TrainConfig) -> dict[str, list[Any]]:
+    """What differs from the values that the run was last trained with, by dotted key: [before, now]. Only reads.
+
+    Keys that ``config.yaml`` does not have yet (it was written by an older version) do not count.
+    """
+    file = folder / "config.yaml"
+    if not file.exists():
+        return {}
+    before, now = dict(_flat(OmegaConf.load(file))), dict(_flat(OmegaConf.structured(config)))
+    return {key: [before[key], value] for key, value in now.items() if key in before and before[key] != value}
+
+
+def check_something_to_train(folder: Path, step: int, steps: int, changed: dict[str, list[Any]]) -> None:
+    """Refuse a start that would train nothing although it asks for something else than the run has been.
+
+    Args:
+        step: of the checkpoint that the run resumes from. steps: of the whole run.
+        changed: see :func:`changed_values`.
+    """
+    if step < steps:
+        return
+    remedy = "raise train.max_steps to train on, or choose another run.dir"
+    if step > steps:
+        raise UserError(f"run.dir={folder} is at step {step} already, this start asks for {steps}: {remedy}")
+    differences = [
+        f"{key}={now} (it was trained with {before})"
+        for key, (before, now) in changed.items()
+        if not key.startswith(NOT_TRAINED)
+    ]
+    if differences:
+        raise UserError(
+            f"run.dir={folder} is finished at step {step}, nothing would be trained with {', '.join(differences)}: "
+            + remedy
+        )
+
+
+def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    values: Any = OmegaConf.to_container(section) if OmegaConf.is_config(section) else section
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def lock_run_folder(folder: Path) -> IO[str]:

@@ -13,7 +13,7 @@ from monet_train.parallel.launch import Launch
 from monet_train.planning.flops import training_flops_per_token
 from monet_train.training.callbacks.table import build_callbacks
 from monet_train.training.engine import build_engine
-from monet_train.training.events import Resume, Start
+from monet_train.training.events import Changed, Resume, Start
 from monet_train.training.loop import Trainer
 from monet_train.training.objective import LanguageModelling
 from monet_train.training.preflight import preflight
@@ -58,9 +58,13 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
         if prepared.resume:
             restore(trainer, prepared.resume)
         if launch.is_main:
-            write_descriptions(prepared.folder, config, prepared.device, launch.world_size)
             print(announcement(prepared, trainer.step), flush=True)
-        trainer.emit(Resume(str(prepared.resume)) if prepared.resume else Start())
+        if not prepared.finished:  # otherwise config.yaml and the events tell what was trained already
+            if launch.is_main:
+                write_descriptions(prepared.folder, config, prepared.device, launch.world_size)
+            trainer.emit(Resume(str(prepared.resume)) if prepared.resume else Start())
+            if prepared.resume and prepared.changed:
+                trainer.emit(Changed(prepared.changed))
         trainer.resources = resources.pop_all()
         return trainer
 
@@ -68,12 +72,15 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
 def announcement(prepared: Prepared, step: int) -> str:
     """What the user is told at the start: the run, what it runs on, from where, and what it will read."""
     config, topology, device = prepared.config, prepared.topology, prepared.device
+    if prepared.finished:
+        return f"{config.run.name} is finished: all {step:,} steps are trained ({prepared.resume})"
+    begin = f"resumes after step {step} ({prepared.resume})" if prepared.resume else f"starts in {config.run.dir}"
     flops = training_flops_per_token(config.model, config.train.seq_length)
     return (
         f"{config.run.name}: {topology.data_size} data x {topology.tensor_size} tensor ranks on {device.type}, "
         f"ZeRO {config.zero.stage}, {config.train.precision}, {flops / 1e6:,.0f} MFLOP per token; "
         f"{prepared.kernels.describe(device.type)}; "
-        + (f"resumes after step {step} ({prepared.resume})" if prepared.resume else f"starts in {config.run.dir}")
+        + begin
         + f"\n{prepared.steps:,} steps read "
         + ", ".join(map(str, prepared.corpus.readings))
     )
