@@ -50,14 +50,7 @@ def run_command(run: Run, rank: int, world_size: int) -> None:
 
 def shows_only(arguments: argparse.Namespace) -> bool:
     """Whether an option asks Hydra to print something instead of running."""
-    return bool(
-        arguments.cfg
-        or arguments.help
-        or arguments.hydra_help
-        or arguments.version
-        or arguments.info
-        or arguments.shell_completion
-    )
+    return bool(arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion)
 
 
 def _show() -> None:
