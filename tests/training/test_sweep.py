@@ -20,7 +20,7 @@ def test_every_value_is_trained_in_a_folder_of_its_own(shards: Path, tmp_path: P
     (done,) = train(["-m", *overrides(tmp_path / "run", shards, "optimizer.lr=1e-3,2e-3,-1")])
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    folders = [tmp_path / f"run-optimizer.lr={rate}" for rate in ("1e-3", "2e-3")]
+    folders = [tmp_path / f"run-optimizer.lr={rate}" for rate in ("0.001", "0.002")]
     for folder, rate in zip(folders, (1e-3, 2e-3), strict=True):
         config = OmegaConf.load(folder / "config.yaml")
         assert config.optimizer.lr == rate
