@@ -1,6 +1,7 @@
 """The exported folder in transformers, through ``trust_remote_code``: the path that users take."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,7 @@ def test_the_folder_needs_no_monet_train(exports: dict[str, Path], tmp_path: Pat
         f"model = AutoModelForCausalLM.from_pretrained({str(exports['tiny_vertical'])!r}, trust_remote_code=True)\n"
         "print(model.num_parameters())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}  # empty: all files come from the folder
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "309680"
