@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.__main__ import number
-from data_prep.documents import parse, read_chunks
+from data_prep.chunks import read_chunks
+from data_prep.documents import parse
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
 from monet_train.errors import one_line_errors

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.documents import Chunk, Reject, parse
+from data_prep.chunks import Chunk
+from data_prep.documents import Reject, parse
 from data_prep.recipe import LABELS
 from monet_train.data.index_file import token_dtype
 from monet_train.errors import UserError

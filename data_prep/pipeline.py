@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.documents import CHUNK_BYTES, Chunk, read_chunks
+from data_prep.chunks import CHUNK_BYTES, Chunk, read_chunks
 from data_prep.encode import SLOT_BYTES, Encoded, Encoder
 from data_prep.journal import Totals
 from data_prep.recipe import Recipe

@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.documents import Document, parse, read_chunks
+from data_prep.chunks import read_chunks
+from data_prep.documents import Document, parse
 from data_prep.journal import exclusive
 from data_prep.recipe import LABELS, Recipe
 from data_prep.sources import Part, list_parts

@@ -17,7 +17,7 @@ import pytest
 import data_prep.encode
 import data_prep.info
 import data_prep.verify
-from data_prep.documents import Chunk
+from data_prep.chunks import Chunk
 from data_prep.encode import Encoded
 from data_prep.shard_writer import MANY_VALUES
 from data_prep.verify import verify

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.documents import read_chunks
+from data_prep.chunks import read_chunks
 from data_prep.encode import Encoder
 from data_prep.recipe import recipe_from
 from data_prep.sources import list_parts
