@@ -51,7 +51,7 @@ class Times:
         self.taken.setdefault(name, []).append((wall, processor))
 
     @contextlib.contextmanager
-    def of(self, name: str) -> Iterator[None]:
+    def measure(self, name: str) -> Iterator[None]:
         """Measure a block: its processor time is that of the child processes that it starts."""
         started, before = time.perf_counter(), processor_seconds()
         yield
@@ -100,16 +100,16 @@ def tokenize(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.repeats):
         times.add(encoder, *bare(texts, arguments, lambda tokenizer: (tokenizer.fast or tokenizer).encode))
         with tempfile.TemporaryDirectory() as folder:
-            with times.of(ours):
+            with times.measure(ours):
                 prepare(arguments, Path(folder) / "shards", arguments.corpus)
             (Path(folder) / "one.txt").write_text("One document.")
-            with times.of(start):
+            with times.measure(start):
                 prepare(arguments, Path(folder) / "one", Path(folder) / "one.txt")
             if arguments.plain:
                 times.add(library, *bare(texts, arguments, lambda tokenizer: tokenizer.encode_by_library))
-                with times.of(slow_ours):
+                with times.measure(slow_ours):
                     prepare(arguments, Path(folder) / "slow", arguments.corpus, fast=False)
-                with times.of(plain):
+                with times.measure(plain):
                     map_and_write(texts, arguments, Path(folder))
     for name in times.taken:
         wall, processor = times.medians(name)

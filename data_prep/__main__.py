@@ -166,7 +166,7 @@ def build_parser() -> Parser:
     shards = command("shards", "tokenize documents into memory-mapped shards")
     _add_sources(shards)
     shards.add_argument(
-        "--id-field", metavar="NAME", help="field with a document's id; one that occurs twice is refused"
+        "--id-field", metavar="NAME", help="field with a document's id; an id that occurs twice is refused"
     )
     shards.add_argument(
         "--tokenizer", type=local, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
@@ -205,7 +205,9 @@ def _add_sources(parser: Parser) -> None:
     )
     parser.add_argument("--min-chars", type=number, help="leave out shorter documents")
     parser.add_argument("--max-chars", type=number, help="leave out longer documents")
-    parser.add_argument("--txt", choices=("file", "line"), help="a document in .txt is the whole file or a line (file)")
+    parser.add_argument(
+        "--txt", choices=("file", "line"), help="a document in .txt is the whole file or one line (file)"
+    )
     parser.add_argument("--max-documents", type=positive, help="stop after this many documents")
     parser.add_argument("--max-bytes", type=positive, help="stop after this much text (8M, 2G)")
 
@@ -215,7 +217,9 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     labels: dict[str, str] = {}
     for name, value in arguments.label or ():
         if labels.setdefault(name, value) != value:
-            raise UserError(f"--label {name}={labels[name]} and {name}={value}: a document has one of them: give one")
+            raise UserError(
+                f"--label {name}={labels[name]} and {name}={value}: a document has one value per label: give one"
+            )
     where: dict[str, list[str]] = {}
     for name, values in arguments.where or ():
         where.setdefault(name, []).extend(values.split(","))
@@ -276,7 +280,7 @@ def run_shards(arguments: argparse.Namespace) -> Iterator[str]:
 
 def run_merge(arguments: argparse.Namespace) -> Iterator[str]:
     """``monet-data merge``."""
-    from data_prep.shards import merge
+    from data_prep.merge import merge
 
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder} is not a folder: give the --out of the tasks")

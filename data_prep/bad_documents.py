@@ -22,7 +22,7 @@ def parse_json(line: bytes) -> Any:
         return orjson.loads(line)
     except ValueError:
         try:
-            return json.loads(line.decode())  # more lenient (NaN, lone surrogates), and tells what is wrong
+            return json.loads(line.decode())  # more lenient (NaN, lone surrogates), and says what is wrong
         except UnicodeDecodeError:
             raise BadDocument(INVALID_UTF8) from None
         except (ValueError, RecursionError):

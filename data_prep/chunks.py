@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.files import COMPRESSIONS, READ_ERRORS, decompress, is_remote, open_raw, open_source, unreadable
+from data_prep.files import COMPRESSIONS, decompress, is_remote, open_raw, open_source
 from data_prep.recipe import ENORMOUS_BYTES
+from data_prep.source_refusals import READ_ERRORS, refuse_missing_columns, unreadable
 from data_prep.sources import FileEntry, Part, open_hub
 from monet_train.errors import UserError
 
@@ -48,7 +49,7 @@ def read_chunks(part: Part, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     }
     try:
         if not part.size and part.path.endswith(COMPRESSIONS) and not is_remote(part.path):
-            raise EOFError("it is empty")  # what compresses nothing has some bytes
+            raise EOFError("it is empty")  # nothing, compressed, is some bytes
         yield from readers[part.kind](part, chunk_bytes)
     except READ_ERRORS as error:
         raise unreadable(part.path, error) from None
@@ -64,9 +65,9 @@ def read_file(entry: FileEntry) -> bytes:
 
 
 def _read_lines(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
-    """Whole lines, about ``chunk_bytes`` at a time; a line beyond ENORMOUS_BYTES is skipped and named."""
+    """Whole lines, about ``chunk_bytes`` at a time; a line beyond ENORMOUS_BYTES is skipped and its number noted."""
     begun: list[bytes] = []  # a line whose end was not read yet
-    first, told, skipping = 1, 0, False
+    first, reported, skipping = 1, 0, False
     with open_raw(part.path) as raw, decompress(raw, part.path) as stream:
         while block := stream.read(chunk_bytes):
             position = raw.tell()
@@ -74,20 +75,20 @@ def _read_lines(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
                 end = block.find(b"\n")
                 if end < 0:
                     continue
-                yield Chunk(part, first, b"", position - told, (first,))
-                first, told, skipping = first + 1, position, False
+                yield Chunk(part, first, b"", position - reported, (first,))
+                first, reported, skipping = first + 1, position, False
                 block = block[end + 1 :]
             if cut := block.rfind(b"\n") + 1:
                 lines = b"".join((*begun, memoryview(block)[:cut]))
-                yield Chunk(part, first, lines, position - told)
-                first, told, begun = first + lines.count(b"\n"), position, []
+                yield Chunk(part, first, lines, position - reported)
+                first, reported, begun = first + lines.count(b"\n"), position, []
             begun.append(block[cut:])
             if sum(map(len, begun)) > ENORMOUS_BYTES:
                 begun, skipping = [], True
         if skipping:
-            yield Chunk(part, first, b"", raw.tell() - told, (first,))
+            yield Chunk(part, first, b"", raw.tell() - reported, (first,))
         elif any(begun):
-            yield Chunk(part, first, b"".join(begun), raw.tell() - told)
+            yield Chunk(part, first, b"".join(begun), raw.tell() - reported)
 
 
 def _read_txt(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
@@ -117,14 +118,10 @@ def _read_parquet(part: Part) -> Iterator[Chunk]:
     with open_source(part.path) as stream:
         try:
             # Parquet is read from its end: a compressed file has to be unpacked in memory first.
-            file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if _packed(part.path) else stream)
+            readable = pyarrow.BufferReader(stream.read()) if _is_compressed(part.path) else stream
+            file = pyarrow.parquet.ParquetFile(readable)
+            refuse_missing_columns(part.path, file.schema_arrow.names, part.source)
             columns = [name for name in file.schema_arrow.names if name in part.source.columns]
-            for option, name in (("--text-field", part.source.text), ("--id-field", part.source.id)):
-                if name and name not in columns:
-                    raise UserError(
-                        f"source {part.path} has no column {name!r}: choose with {option} from "
-                        f"{', '.join(file.schema_arrow.names)}"
-                    )
             rows, total = 1, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=ROWS_PER_CHUNK, columns=columns):
                 yield Chunk(part, rows, _rows(batch), part.size * batch.num_rows // total)
@@ -151,7 +148,7 @@ def _value(scalar: Any) -> Any:
         return None
 
 
-def _packed(path: str) -> bool:
+def _is_compressed(path: str) -> bool:
     return not path.lower().endswith(".parquet")
 
 

@@ -1,4 +1,4 @@
-"""From chunks to documents: what a source gives is read, checked, labelled and filtered."""
+"""From chunks to documents: what a source holds is read, checked, labelled and filtered."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def parse(chunk: Chunk) -> Parsed:
 
 
 def _raw_documents(chunk: Chunk, reader: _DocumentReader) -> Iterator[tuple[str, int, Callable[[Any], Document], Any]]:
-    """File, line, and how to read what stands there."""
+    """File, line, and how to read what is there."""
     path = chunk.part.path
     if chunk.part.kind == "files":
         for entry in chunk.payload:
@@ -80,7 +80,7 @@ def _raw_documents(chunk: Chunk, reader: _DocumentReader) -> Iterator[tuple[str,
 
 
 class _DocumentReader:
-    """Makes documents of what a source gives, or raises BadDocument."""
+    """Makes documents of what a source holds, or raises BadDocument."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

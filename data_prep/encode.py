@@ -35,7 +35,7 @@ class Column(NamedTuple):
     codes: np.ndarray  # int32 [documents], the place of a document's value in ``values``; -1: none
 
     @classmethod
-    def of(cls, labels: Sequence[str | None]) -> Column:
+    def from_labels(cls, labels: Sequence[str | None]) -> Column:
         """From the label of each document."""
         values = [label for label in dict.fromkeys(labels) if label is not None]
         places: dict[str | None, int] = {None: -1, **{value: place for place, value in enumerate(values)}}
@@ -63,7 +63,7 @@ def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
         tokens=tokens.astype(token_dtype(tokenizer.record.vocabulary_size)),
         lengths=lengths,
         text_bytes=np.array(sizes, dtype=np.int64),
-        labels=[Column.of(column) for column in (zip(*labels, strict=True) if labels else [()] * len(LABELS))],
+        labels=[Column.from_labels(column) for column in (zip(*labels, strict=True) if labels else [()] * len(LABELS))],
         ids=ids,
         rejects=parsed.rejects,
         filtered=parsed.filtered,
@@ -109,7 +109,7 @@ class Encoder:
         try:
             for number, chunk in enumerate(chunks):
                 slot = number % self._ahead
-                future = self._pool.submit(_work, self._slots.fill(slot, chunk), slot)
+                future = self._pool.submit(_work, self._slots.put_lines(slot, chunk), slot)
                 ahead.append((chunk._replace(payload=None), slot, future))
                 if len(ahead) == self._ahead:
                     yield self._first(ahead)
@@ -125,13 +125,13 @@ class Encoder:
 
     def _first(self, ahead: deque[tuple[Chunk, int, Future[Encoded]]]) -> tuple[Chunk, Encoded]:
         chunk, slot, future = ahead.popleft()
-        return chunk, self._slots.encoded(slot, future.result())
+        return chunk, self._slots.take_tokens(slot, future.result())
 
 
 class _Slots:
     """Memory that the processes share, one slot per chunk: its lines on their way to a worker, then its tokens back.
 
-    Through pipes the same bytes would cost 4% of a worker's time. Whatever is not bytes or too large goes by pipe.
+    Through pipes the same bytes would cost 4% of a worker's time. What is not bytes, or is too large, goes by pipe.
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
@@ -146,30 +146,30 @@ class _Slots:
     def _slot(self, slot: int, size: int) -> memoryview:
         return self._memory[slot * self._slot_bytes : slot * self._slot_bytes + size]
 
-    def fill(self, slot: int, chunk: Chunk) -> Chunk:
-        """Lay a chunk's lines into a slot, if they fit; the chunk to send."""
+    def put_lines(self, slot: int, chunk: Chunk) -> Chunk:
+        """Put a chunk's lines into a slot, if they fit; the chunk to send."""
         data = chunk.payload
         if not isinstance(data, bytes) or len(data) > self._slot_bytes:
             return chunk
         self._slot(slot, len(data))[:] = data
         return chunk._replace(payload=Stored(len(data)))
 
-    def chunk(self, slot: int, chunk: Chunk) -> Chunk:
+    def take_lines(self, slot: int, chunk: Chunk) -> Chunk:
         """The chunk that was sent, as it was."""
         if not isinstance(chunk.payload, Stored):
             return chunk
         return chunk._replace(payload=bytes(self._slot(slot, chunk.payload.size)))
 
-    def keep(self, slot: int, encoded: Encoded) -> Encoded:
-        """Lay the tokens into the slot of their chunk, if they fit; what is left to send."""
+    def put_tokens(self, slot: int, encoded: Encoded) -> Encoded:
+        """Put the tokens into the slot of their chunk, if they fit; what is left to send."""
         tokens = encoded.tokens
         if tokens.nbytes > self._slot_bytes:
             return encoded
         self._slot(slot, tokens.nbytes)[:] = tokens.view(np.uint8).data
         return encoded._replace(tokens=tokens[:0])
 
-    def encoded(self, slot: int, encoded: Encoded) -> Encoded:
-        """What was sent, with its tokens; they lie in the slot."""
+    def take_tokens(self, slot: int, encoded: Encoded) -> Encoded:
+        """What was sent, with its tokens, which are still in the slot."""
         size = int(encoded.lengths.sum(dtype=np.int64)) * encoded.tokens.itemsize
         if len(encoded.tokens) or not size:
             return encoded
@@ -177,7 +177,7 @@ class _Slots:
 
 
 class Stored(NamedTuple):
-    """Stands for a payload that lies in a slot."""
+    """In place of a payload that is in a slot."""
 
     size: int
 
@@ -206,7 +206,7 @@ def _end_with_parent() -> None:
 
 
 def _work(chunk: Chunk, slot: int) -> Encoded:
-    return _slots.keep(slot, encode_chunk(_tokenizer, _slots.chunk(slot, chunk)))
+    return _slots.put_tokens(slot, encode_chunk(_tokenizer, _slots.take_lines(slot, chunk)))
 
 
 def default_workers() -> int:

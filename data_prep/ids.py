@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.files import cannot_read
+from data_prep.folder_refusals import cannot_read
 from monet_train.data.index_file import REBUILD
 from monet_train.data.manifest import ShardRecord
 from monet_train.errors import UserError
@@ -44,7 +44,7 @@ def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_O
     passes = 1 + sum(shard.documents for shard in shards) // at_once
     repeats, first = 0, None
     for number in range(passes):
-        mine = [named.hashes[named.hashes % passes == number] for named in _named(folder, shards)]
+        mine = [named.hashes[named.hashes % passes == number] for named in _ids_by_shard(folder, shards)]
         hashes = np.sort(np.concatenate([np.zeros(0, np.uint64), *mine]))
         repeated = hashes[1:][hashes[1:] == hashes[:-1]]
         if len(repeated):
@@ -56,7 +56,7 @@ def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_O
 def _look_up(folder: Path, shards: list[ShardRecord], hashes: np.ndarray) -> Duplicates | None:
     """The first id among those with these hashes that does occur twice: two ids can have one hash."""
     seen: dict[str, str] = {}
-    for named in _named(folder, shards):
+    for named in _ids_by_shard(folder, shards):
         for number in np.flatnonzero(np.isin(named.hashes, hashes)).tolist():
             name, place = named.ids[number], f"{named.shard} document {named.documents[number]}"
             if name in seen:
@@ -65,7 +65,7 @@ def _look_up(folder: Path, shards: list[ShardRecord], hashes: np.ndarray) -> Dup
     return None
 
 
-class _Named(NamedTuple):
+class _ShardIds(NamedTuple):
     """The documents of a shard that have an id."""
 
     shard: str
@@ -74,7 +74,7 @@ class _Named(NamedTuple):
     hashes: np.ndarray  # uint64, of this process only
 
 
-def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
+def _ids_by_shard(folder: Path, shards: list[ShardRecord]) -> Iterator[_ShardIds]:
     import pyarrow
     import pyarrow.parquet
 
@@ -93,4 +93,4 @@ def _named(folder: Path, shards: list[ShardRecord]) -> Iterator[_Named]:
             ) from None
         documents = [number for number, name in enumerate(column) if name is not None]
         ids = [column[number] for number in documents]
-        yield _Named(shard.name, documents, ids, np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64))
+        yield _ShardIds(shard.name, documents, ids, np.fromiter(map(hash, ids), np.int64, len(ids)).view(np.uint64))

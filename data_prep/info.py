@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.files import cannot_read
+from data_prep.folder_refusals import cannot_read
 from monet_train.data.index_file import check_index, read_index
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
@@ -100,7 +100,7 @@ def draw_lengths(folder: Path, image: Path) -> None:
 
 
 def _bins(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Edges at powers of two, and how many documents lie between them."""
+    """Edges at powers of two, and how many documents fall between them."""
     edges = 2 ** np.arange(0, int(lengths.max()).bit_length() + 1)
     return edges, np.histogram(lengths, edges)[0]
 

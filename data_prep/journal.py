@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 
+from data_prep.folder_refusals import damaged_journal, other_corpus
 from monet_train.data.manifest import ShardRecord, check_recipe
 from monet_train.durable import sync, write_atomically
 from monet_train.errors import UserError
@@ -44,7 +45,7 @@ class _Done:
 
 
 class Journal:
-    """``progress.jsonl``: the recipe, one line per finished shard, a last one at the end. The manifest replaces it."""
+    """``progress.jsonl``: the recipe, one line per finished shard, a last one at the end. Removed with the manifest."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +57,7 @@ class Journal:
     def open(self, recipe: dict[str, Any] | None) -> None:
         """Start the journal, or read the one that a stopped run of the same recipe left.
 
-        Without a recipe any journal is read and none repaired: the task that it belongs to may be writing it.
+        Without a recipe any is read and nothing repaired: the task that it belongs to may be writing it.
 
         Raises:
             UserError: another recipe is at work in the folder, or the journal is damaged.
@@ -68,7 +69,7 @@ class Journal:
         try:
             data = self.path.read_bytes()
         except OSError as error:
-            raise _damaged(self.path, str(error.strerror or error)) from None
+            raise damaged_journal(self.path, str(error.strerror or error)) from None
         whole = data[: data.rfind(b"\n") + 1]  # a line that was cut short by a kill does not count
         self.recipe = _recipe_in(self.path, whole)
         for line in _lines(self.path, whole, _Done, first=2):
@@ -78,15 +79,15 @@ class Journal:
         if recipe is None:
             return
         if recipe != self.recipe:
-            if not self._mended(recipe):
-                raise other_recipe(self.path.parent, self.recipe, recipe)
+            if not self._is_repaired(recipe):
+                raise other_corpus(self.path.parent, self.recipe, recipe)
             whole = b"".join([json.dumps({"recipe": recipe}).encode() + b"\n", *whole.splitlines(keepends=True)[1:]])
             self.recipe = recipe
         if whole != data:
             write_atomically(self.path, whole)
 
-    def _mended(self, recipe: dict[str, Any]) -> bool:
-        """Whether ``recipe`` differs only in source files of which no shard has anything yet: they were repaired.
+    def _is_repaired(self, recipe: dict[str, Any]) -> bool:
+        """Whether ``recipe`` differs in source files alone that no shard has read yet: they were repaired.
 
         With several tasks their sizes also decide what each task does.
         """
@@ -119,17 +120,17 @@ def recipe_of(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             return _recipe_in(path, stream.readline())
     except OSError as error:
-        raise _damaged(path, str(error.strerror or error)) from None
+        raise damaged_journal(path, str(error.strerror or error)) from None
 
 
 def _recipe_in(path: Path, data: bytes) -> dict[str, Any]:
     begun = next(_lines(path, data[: data.find(b"\n") + 1], _Begun), None)
     if begun is None:
-        raise _damaged(path, "it is empty")
+        raise damaged_journal(path, "it is empty")
     try:
         check_recipe(begun.recipe)
     except ValueError as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged_journal(path, str(error)) from None
     return begun.recipe
 
 
@@ -143,42 +144,7 @@ def _lines(path: Path, data: bytes, kind: type, first: int = 1) -> Iterator[Any]
         try:
             yield from_json(kind, json.loads(line), "line")
         except ValueError as error:
-            raise _damaged(path, f"line {number}: {error}") from None
-
-
-def _damaged(path: Path, reason: str) -> UserError:
-    task = path.stem.removeprefix("progress")
-    return UserError(
-        f"{path} cannot be read ({reason}): restore it, or "
-        + (
-            f"delete it and run `monet-data shards ... --task {int(task[1:])}` with the same --tasks again"
-            if task
-            else f"delete {path.parent} (rm -r {path.parent}) and run the command again"
-        )
-    )
-
-
-def other_recipe(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> UserError:
-    """The one line for a folder that belongs to another corpus; names what differs."""
-    differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
-    changed = ", because source files were added, removed or changed since" * ("files" in differing)
-    before, now = _versions(there), _versions(asked)
-    for name, version in before.items():
-        if now.get(name, version) != version and version.startswith("commit "):
-            commit = version.removeprefix("commit ")
-            return UserError(
-                f"{folder} was begun with {version} of {name}, which is now at {now[name]}: give `revision: {commit}` "
-                "in the recipe to resume, or choose another --out for the new one"
-            )
-    return UserError(
-        f"{folder} belongs to another corpus (differs in: {', '.join(differing)}{changed}): "
-        f"choose another --out, or delete it (rm -r {folder}) and run the command again"
-    )
-
-
-def _versions(recipe: dict[str, Any]) -> dict[str, str]:
-    """The version of each hub dataset."""
-    return {identity[0]: identity[-1] for identity in recipe.get("files", []) if identity[0].startswith("hf:")}
+            raise damaged_journal(path, f"line {number}: {error}") from None
 
 
 @contextlib.contextmanager

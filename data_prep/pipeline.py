@@ -78,7 +78,7 @@ class Plan:
         return range(int(borders[0]), int(borders[1]))
 
 
-class Begin(NamedTuple):
+class StartPoint(NamedTuple):
     """Where to start, and what came before (for names and for the recipe's bounds)."""
 
     position: Position
@@ -87,7 +87,7 @@ class Begin(NamedTuple):
     text_bytes: int = 0
 
     @classmethod
-    def after(cls, shards: list[ShardRecord], first: Position) -> Begin:
+    def after(cls, shards: list[ShardRecord], first: Position) -> StartPoint:
         """Behind the last of ``shards``; at ``first`` if there is none."""
         return cls(
             shards[-1].end if shards else first,
@@ -132,12 +132,12 @@ def make_shards(
     plan: Plan,
     encoder: Encoder,
     folder: Path,
-    begin: Begin,
+    start: StartPoint,
     parts_end: int,
     log: RejectsLog | None,
     stop: Position | None = None,
 ) -> Iterator[Finished]:
-    """Write shards from ``begin`` to the end of the parts, the recipe's bounds, or ``stop``; yield each once finished.
+    """Write shards from ``start`` to the end of the parts, the recipe's bounds, or ``stop``; yield each finished one.
 
     A thread makes a full shard durable (checksums, fsync) while the next one fills.
 
@@ -146,11 +146,11 @@ def make_shards(
         OSError: the folder cannot be written; what was being written is removed.
     """
     limit = plan.options.tokens_per_shard
-    number, documents, text_bytes = begin.shard, begin.documents, begin.text_bytes
+    number, documents, text_bytes = start.shard, start.documents, start.text_bytes
     writer: ShardWriter | None = None
     with _Finisher() as finisher:
         try:
-            for position, encoded in _encoded(plan, encoder, begin.position, parts_end):
+            for position, encoded in _encoded(plan, encoder, start.position, parts_end):
                 yield from finisher.ready()
                 if log and position.document == 0:
                     log.note(encoded)
@@ -158,8 +158,8 @@ def make_shards(
                 allowed = first + _allowed(plan.recipe, encoded, first, documents, text_bytes)
                 end = None
                 while first < allowed and (end is None or end != stop):
-                    start = Position(position.part, position.chunk, first)
-                    writer = writer or ShardWriter(folder, shard_name(plan.options, number), plan.dtype, start)
+                    begin = Position(position.part, position.chunk, first)
+                    writer = writer or ShardWriter(folder, shard_name(plan.options, number), plan.dtype, begin)
                     cut = _cut(encoded, first, allowed, limit - writer.tokens)
                     end = Position(position.part, position.chunk + (cut == count), cut % count)
                     writer.add(encoded, first, cut, end)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.files import is_utf8
+from data_prep.source_refusals import is_utf8
 from monet_train.errors import UserError
 
 LABELS = ("lang", "domain", "source")  # kept for every document beside the shards
@@ -26,7 +26,7 @@ class Source:
 
     source: str
     text: str = "text"  # the field that holds the text (jsonl, parquet, hf)
-    id: str | None = None  # the field that names a document (jsonl, parquet, hf): a name that occurs twice is refused
+    id: str | None = None  # the field that names a document (jsonl, parquet, hf): an id that occurs twice is refused
     fields: dict[str, str] = field(default_factory=lambda: {name: name for name in LABELS})  # label -> field
     labels: dict[str, str] = field(default_factory=dict)  # label -> value for every document
     where: dict[str, list[str]] = field(default_factory=dict)  # label -> the values to keep
@@ -72,12 +72,12 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def recipe_from(arguments: list[str], options: dict[str, Any], bounds: dict[str, Any]) -> Recipe:
-    """A recipe from SOURCE arguments; a ``.yaml`` argument stands for the sources of that recipe.
+    """A recipe from SOURCE arguments; a ``.yaml`` argument means the sources of that recipe.
 
     ``options`` (fields of :class:`Source`) replace those of every source, ``bounds`` those of the recipe.
 
     Raises:
-        UserError: a recipe is bad, or one of several arguments and has a bound of its own: bounds hold for the whole.
+        UserError: a recipe is bad, or is one of several arguments and has its own bound: bounds hold for the whole.
     """
     sources: list[Source] = []
     limits: dict[str, Any] = {}
@@ -151,4 +151,4 @@ def _check_source(values: dict[str, Any], where: str) -> None:
                         "put it in quotes, as in 'no' or '3'"
                     )
                 if not is_utf8(item):
-                    raise UserError(f"{where}: {key}: {label}: {item!r} is not UTF-8: write it otherwise")
+                    raise UserError(f"{where}: {key}: {label}: {item!r} is not valid UTF-8: write it otherwise")

@@ -13,7 +13,6 @@ from data_prep.recipe import LABELS
 from monet_train.data.index_file import write_index
 from monet_train.data.manifest import FileRecord, Position, ShardRecord
 from monet_train.durable import sync
-from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file
 
 SUFFIXES = ("labels.parquet", "bin", "idx")  # in the order of renaming: the index comes last
@@ -154,11 +153,3 @@ def count_labels(values: list[str], codes: np.ndarray, lengths: np.ndarray, size
         rest += [result[OTHERS]] if OTHERS in result else []
         result[OTHERS] = [sum(counts) for counts in zip(*rest, strict=True)]
     return result
-
-
-def disk_error(folder: Path, error: OSError) -> UserError:
-    """The one line for a folder that cannot be written."""
-    return UserError(
-        f"{folder} cannot be written ({error.strerror or error}): make room or choose another --out, and run the "
-        "same command again, which resumes where it stopped"
-    )

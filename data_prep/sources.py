@@ -7,7 +7,6 @@ import glob
 import logging
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +14,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.files import is_remote, is_utf8, suffix_of, unreadable
+from data_prep.files import is_remote, suffix_of
 from data_prep.installed import installed_files
 from data_prep.recipe import Recipe, Source
+from data_prep.source_refusals import (
+    FORMATS,
+    dataset_unreadable,
+    refuse_irregular,
+    refuse_names_beyond_utf8,
+    unreadable,
+    warn_of_data_files,
+    warn_of_links,
+)
 from data_prep.zstd import ZstdReader
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_text
@@ -33,12 +41,11 @@ LANGUAGES = {
     ".m": "matlab", ".f90": "fortran", ".sh": "shell", ".sql": "sql", ".html": "html", ".css": "css", ".tex": "tex",
     ".md": "markdown", ".rst": "rst", ".txt": "text", ".yaml": "yaml", ".toml": "toml", ".cmake": "cmake",
 }  # fmt: skip
-FORMATS = "txt, jsonl or parquet, plain or with .gz, .zst or .xz"
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file that is one document, and the labels that its place tells."""
+    """One file that is one document, and the labels that follow from its place."""
 
     path: str
     labels: tuple[tuple[str, str], ...]
@@ -58,7 +65,7 @@ class Part:
     version: str = ""  # hub: see HubDataset; files: a hash over their names and sizes
 
     def identity(self) -> list[Any]:
-        """What must be equal for a restart to resume: names and sizes, without the folder they lie in."""
+        """What must be equal for a run to resume: names and sizes, without the folder they lie in."""
         if self.kind == "hub":
             source = self.source
             return [
@@ -77,10 +84,10 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
     """All parts of a recipe, in order: sources as given, files of a source by name.
 
     Args:
-        outside: a folder whose files are never sources, whatever pattern matches them: the output.
+        outside: the folder that is being made; its files are never a source, whatever matches them.
 
     Raises:
-        UserError: a source matches nothing, cannot be read, has no known format or a name that is not UTF-8.
+        UserError: a source matches nothing, cannot be read, has no known format or a name that is not valid UTF-8.
     """
     parts: list[Part] = []
     for source in recipe.sources:
@@ -91,9 +98,9 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
                 raise
             raise unreadable(error.filename or source.source, error) from None
     for part in parts:
-        names = [part.path, *(word for entry in part.files for word in (entry.path, *dict(entry.labels).values()))]
-        if wrong := next((name for name in names if not is_utf8(name)), None):
-            raise UserError(f"source {wrong!a}: the name is not UTF-8: rename it")
+        refuse_names_beyond_utf8(
+            [part.path, *(word for entry in part.files for word in (entry.path, *dict(entry.labels).values()))]
+        )
     return parts
 
 
@@ -132,26 +139,18 @@ def _expand(name: str) -> list[str]:
         except (ImportError, OSError, ValueError) as error:
             raise UserError(f"source {name} cannot be listed: {error}") from None
     if Path(name).exists():
-        return [_regular(name)]
+        refuse_irregular(name)
+        return [name]
     found = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
     paths: dict[Path, str] = {}  # the first to lead to a file
     for path in sorted(found):
         if not Path(path).is_dir():
-            paths.setdefault(Path(_regular(path)).resolve(), path)
+            refuse_irregular(path)
+            paths.setdefault(Path(path).resolve(), path)
     files = sum(not Path(path).is_dir() for path in found)
     if files > len(paths):
-        print(f"warning: source {name}: {files - len(paths)} paths are links to files that it also matches: each file "
-              "is read once", file=sys.stderr)  # fmt: skip
+        warn_of_links(name, files - len(paths))
     return list(paths.values())
-
-
-def _regular(path: str) -> str:
-    """``path``, if it is a file that can be read twice."""
-    if not Path(path).exists():
-        raise UserError(f"source {path} is a link to nothing: restore what it leads to, or remove it")
-    if not Path(path).is_file():
-        raise UserError(f"source {path} is not a regular file: write its output into one")
-    return path
 
 
 def _file_part(source: Source, path: str) -> Part:
@@ -181,11 +180,7 @@ def _folder_parts(source: Source, folder: Path) -> list[Part]:
             f"source {folder} is a folder without source code: for data files give a pattern, '{folder}/*.jsonl'"
         )
     if patterns:
-        print(
-            f"warning: source {folder}: only its source code is read, left out are {patterns.total()} data file"
-            f"{'s' * (patterns.total() > 1)}: to read them give also {' '.join(sorted(patterns))}",
-            file=sys.stderr,
-        )
+        warn_of_data_files(folder, patterns)
     return _group(source, str(folder), entries)
 
 
@@ -208,17 +203,17 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
     parts: list[Part] = []
     group: list[FileEntry] = []
-    size, told = 0, ""
+    size, identity = 0, ""
     for number, entry in enumerate(entries):
         group.append(entry)
         bytes_ = Path(entry.path).stat().st_size
         size += bytes_
         # Below its folder; of an installation, whose place on the machine is not part of the corpus, the name alone.
         place = entry.path.removeprefix(name) if entry.path.startswith(name) else Path(entry.path).name
-        told += f"{place} {bytes_}\n"
+        identity += f"{place} {bytes_}\n"
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
-            parts.append(Part("files", source, name, size, tuple(group), version=sha256_text(told)))
-            group, size, told = [], 0, ""
+            parts.append(Part("files", source, name, size, tuple(group), version=sha256_text(identity)))
+            group, size, identity = [], 0, ""
     return parts
 
 
@@ -249,11 +244,7 @@ def open_hub(source: Source) -> HubDataset:
     except UserError:
         raise
     except Exception as error:  # the hub's clients raise dozens of kinds
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"source {source.source}: the dataset cannot be opened ({reason}): check name, config, split, access "
-            "rights and the network"
-        ) from None
+        raise dataset_unreadable(source.source, error) from None
 
 
 @lru_cache(maxsize=128)  # the hub's first answer holds for all streams of a run
@@ -276,9 +267,9 @@ def _open_zstd(raw: Any, mode: str) -> ZstdReader:
 
 
 def _version(files: list[str]) -> str:
-    """The commit that a dataset's name means today. Addresses on the hub name the commit."""
+    """What a dataset's name means today. Addresses on the hub name the commit."""
     commits = {found[1] for file in files if (found := re.search(r"^hf://[^@]+@([0-9a-f]{40})/", file))}
     if len(commits) == 1:
         return f"commit {commits.pop()}"
-    told = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
-    return "files " + sha256_text("\n".join(told))
+    described = [file if is_remote(file) else f"{Path(file).name} {Path(file).stat().st_size}" for file in files]
+    return "files " + sha256_text("\n".join(described))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.files import cannot_read
+from data_prep.folder_refusals import cannot_read
 from data_prep.ids import find_duplicates
 from data_prep.recipe import LABELS
 from data_prep.shard_writer import count_labels
@@ -25,7 +25,7 @@ SCAN_TOKENS = 1 << 24  # read at once
 
 
 def verify(folder: Path) -> tuple[Manifest, list[str]]:
-    """Check all of a shard folder.
+    """Check a whole shard folder.
 
     Returns:
         The manifest, and one line for each problem that names the shard and how to rebuild just that one.

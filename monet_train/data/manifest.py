@@ -86,7 +86,7 @@ class Manifest:
         """Read ``folder/manifest.json``.
 
         Raises:
-            UserError: the file is absent, no JSON, of another format, or a field is missing or wrong.
+            UserError: the file is absent, not JSON, of another format, or a field is missing or wrong.
         """
         path = folder / MANIFEST_NAME
         remedy = "make the shards again with `monet-data shards`, or restore the file"

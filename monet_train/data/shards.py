@@ -47,7 +47,7 @@ class ShardSet:
 
     @property
     def tokenizer(self) -> StoredTokenizer | None:
-        """The tokenizer beside the shards, if they tell."""
+        """The tokenizer beside the shards; None where no manifest names it."""
         if self.manifest is None:
             return None
         return StoredTokenizer(self.path / self.manifest.tokenizer.file, self.manifest.tokenizer)
@@ -90,10 +90,14 @@ def find_shards(path: Path) -> ShardSet:
 
 def _without_manifest(path: Path, prefixes: Sequence[Path]) -> ShardSet:
     shards = tuple(Shard(prefix, read_index_header(prefix)) for prefix in prefixes)
-    told: list[str | Path] = []
+    identity: list[str | Path] = []
     for shard in shards:
-        told += [f"{shard.header.bin_bytes} {shard.header.sequences} {shard.header.documents}", shard.idx, shard.bin]
-    return ShardSet(path, shards, None, sha256_samples(told))
+        identity += [
+            f"{shard.header.bin_bytes} {shard.header.sequences} {shard.header.documents}",
+            shard.idx,
+            shard.bin,
+        ]
+    return ShardSet(path, shards, None, sha256_samples(identity))
 
 
 def data_paths(path: Any) -> list[Path]:

@@ -78,7 +78,7 @@ def _model(proto: Any, file: Path) -> models.Model:
             unk_token=trainer.unk_piece,
             fuse_unk=True,
             byte_fallback=trainer.byte_fallback,
-            # a piece that stands alone between user-defined symbols is taken whole
+            # a piece alone between user-defined symbols is taken whole
             ignore_merges=any(piece.type == USER_DEFINED for piece in proto.pieces),
         )
     raise UserError(
@@ -105,7 +105,7 @@ def _scores(proto: Any) -> list[float]:
 def _isolate(symbols: list[str], proto: Any) -> pre_tokenizers.PreTokenizer:
     """SentencePiece takes user-defined symbols out of the text first, the longest at each place.
 
-    What then stands alone is looked up whole (see ``ignore_merges``), as SentencePiece's merges would have it, but for
+    What is then alone is looked up whole (see ``ignore_merges``), as SentencePiece's merges would have it, but for
     the name of a control symbol or of a byte, which SentencePiece spells: it is cut where its first piece ends.
     """
     longest_first = sorted(symbols, key=len, reverse=True)

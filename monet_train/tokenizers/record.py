@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that made some shards; ``file`` lies beside them."""
+    """The tokenizer that made some shards; ``file`` is beside them."""
 
     file: str
     kind: str  # sentencepiece | huggingface
@@ -20,7 +20,7 @@ class TokenizerRecord:
 
     @property
     def special_ids(self) -> set[int]:
-        """Ids that no text may give: those of its end and begin, and padding unless it is the unknown token."""
+        """Ids that no text may give: its end, its begin, and padding unless it is the unknown token."""
         padding = None if self.pad_id == self.unk_id else self.pad_id
         return {i for i in (self.eos_id, self.bos_id, padding) if i is not None}
 

@@ -218,7 +218,7 @@ def test_a_source_that_vanishes_is_named_and_the_run_goes_on_later(
     assert contents(tmp_path / "out") == contents(shards)
 
 
-def test_a_source_cut_short_is_mended_and_a_shard_that_went_is_made_again(
+def test_a_source_cut_short_is_repaired_and_a_shard_that_went_is_made_again(
     data, jsonl: Path, shards: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     sources = shutil.copytree(jsonl, tmp_path / "sources")
