@@ -45,13 +45,19 @@ AUTO_MAP = {
 
 
 def save_pretrained(
-    model: MonetForCausalLM, folder: str | Path, tokenizer_file: str | Path | None = None, *, force: bool = False
+    model: MonetForCausalLM,
+    folder: str | Path,
+    tokenizer_file: str | Path | None = None,
+    *,
+    force: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Path:
     """Export a model (whole, in one process) to a Hugging Face folder.
 
     Args:
         folder: new or empty; with ``force`` an earlier export there is replaced.
         tokenizer_file: a ``tokenizer.json``, a SentencePiece model or a folder with one, to be exported with it.
+        max_shard_size: of a file of weights, as transformers writes it (``5GB``).
 
     Returns:
         the folder.
@@ -60,11 +66,16 @@ def save_pretrained(
         UserError: the folder is in use, or the tokenizer does not fit. Nothing is changed then.
     """
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
-    return write_export(model.config, model.state_dict(), Path(folder), tokenizer, force)
+    return write_export(model.config, model.state_dict(), Path(folder), tokenizer, force, max_shard_size)
 
 
 def write_export(
-    config: MonetConfig, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer | None, force: bool
+    config: MonetConfig,
+    weights: dict[str, Tensor],
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    force: bool,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a Hugging Face folder, whole or not at all. See :func:`save_pretrained`."""
     _refuse_occupied(folder, force)
@@ -74,7 +85,7 @@ def write_export(
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            _write_files(config, weights, new, place.name, tokenizer)
+            _write_files(config, weights, new, place.name, tokenizer, max_shard_size)
             if place.exists():
                 place.rename(Path(scratch) / "old")
             new.rename(place)
@@ -112,14 +123,19 @@ def _refuse_occupied(folder: Path, force: bool) -> None:
 
 
 def _write_files(
-    config: MonetConfig, weights: dict[str, Tensor], folder: Path, name: str, tokenizer: Tokenizer | None
+    config: MonetConfig,
+    weights: dict[str, Tensor],
+    folder: Path,
+    name: str,
+    tokenizer: Tokenizer | None,
+    max_shard_size: str,
 ) -> None:
     token_ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, vocab_size=config.vocab_size, context=config.max_position_embeddings)
         token_ids = tokenizer.record.config_ids
     dtype = weights["model.embed_tokens.weight"].dtype
-    save_torch_state_dict(weights, folder, max_shard_size=MAX_SHARD_SIZE, metadata={"format": "pt"})
+    save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
     _write_json(folder / CONFIG, published_config(config, dtype) | token_ids | {"auto_map": AUTO_MAP})
     _write_json(
         folder / "generation_config.json",

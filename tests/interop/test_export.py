@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from monet_train.checkpoints.load import load_pretrained
 from monet_train.errors import UserError
-from monet_train.interop import export as export_module
 from monet_train.interop.export import main, save_pretrained
 from monet_train.kernels import plain
 from monet_train.model.transformer import MonetForCausalLM
@@ -53,11 +52,8 @@ def test_the_files_are_the_published_ones_and_our_code(export: Path, golden_fold
     assert f"64² = {64**2:,}" in card
 
 
-def test_large_weights_are_sharded(
-    model: MonetForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: dict[str, Path]
-) -> None:
-    monkeypatch.setattr(export_module, "MAX_SHARD_SIZE", "400KB")
-    folder = save_pretrained(model, tmp_path / "sharded")
+def test_large_weights_are_sharded(model: MonetForCausalLM, tmp_path: Path, exports: dict[str, Path]) -> None:
+    folder = save_pretrained(model, tmp_path / "sharded", max_shard_size="400KB")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     for loaded in (load_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)):
         weights = loaded.state_dict()
