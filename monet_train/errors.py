@@ -32,7 +32,7 @@ class UserError(Exception):
         self.alone = alone
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The line that a user sees for an error."""
     return "error: " + " ".join(str(error).split())
 

@@ -1,105 +1,87 @@
-"""The command line of ``monet-train``: Hydra's options, checked overrides, and sweeps over several values."""
+"""The command line of ``monet-train``: what it asks for, and what Hydra shows of the configuration."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
 
-from monet_train.config.compose import PRIMARY, compose, composition, config_folder, groups
-from monet_train.config.overrides import parse_overrides
-from monet_train.config.schema import TrainConfig
-from monet_train.errors import UserError, one_line, one_line_errors
+from monet_train.config.compose import PRIMARY, VERSION_BASE, composition, config_folder, explained, groups
+from monet_train.config.overrides import key_type, parse_overrides, unknown_key
+from monet_train.errors import UserError
 
-Run = Callable[[TrainConfig], None]
-
-
-def run_command(run: Run, rank: int, world_size: int) -> None:
-    """Read the command line and call ``run`` with the typed configuration: once, or with ``-m`` once per combination.
-
-    Bad input ends every process with exit status 2 and one line of one of them; see :func:`one_line_errors`.
-    """
-
-    def checked() -> None:
-        arguments = get_args_parser().parse_args()
-        if arguments.config_name or arguments.config_path:
-            raise UserError(
-                "--config-name and --config-path: monet-train has one primary configuration; put your keys into "
-                "FOLDER/experiment/NAME.yaml and give --config-dir FOLDER experiment=NAME"
-            )
-        config_dir = Path(arguments.config_dir) if arguments.config_dir else None
-        with composition(config_dir) as loader:
-            parsed = parse_overrides(arguments.overrides, groups(loader), sweep=arguments.multirun)
-        if shows_only(arguments):
-            _show()
-        elif arguments.multirun:
-            sweep(parsed, config_dir, run, world_size)
-        else:
-            run(compose(arguments.overrides, config_dir))
-
-    one_line_errors(checked, rank)()
+ONE_CONFIGURATION = (
+    "monet-train has one configuration: keep changes to it in FOLDER/experiment/NAME.yaml, and give "
+    "--config-dir FOLDER experiment=NAME"
+)
 
 
-def shows_only(arguments: argparse.Namespace) -> bool:
-    """Whether an option asks Hydra to print something instead of running."""
-    return bool(arguments.cfg or arguments.help or arguments.hydra_help or arguments.info or arguments.shell_completion)
+@dataclass(frozen=True)
+class Command:
+    """A command to train."""
+
+    overrides: list[str]
+    config_dir: Path | None
+    sweep: bool  # one run for each combination of values
 
 
-def _show() -> None:
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug shows its whole traceback; bad input never gets there
-    # Hydra also prints by logging, which meets a closed output itself; here is no socket to lose
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    if "-m" in sys.argv or "--multirun" in sys.argv:
-        raise UserError("-m trains; leave it out where something is only shown (--cfg, --info, --help)")
-    hydra.main(config_path=str(config_folder()), config_name=PRIMARY, version_base="1.3")(lambda config: None)()
-
-
-def sweep(overrides: Sequence[Override], config_dir: Path | None, run: Run, world_size: int) -> None:
-    """One training after another, each with a run folder and a name of its own.
-
-    A training that is refused costs one line, and the next one starts.
+def read_command(arguments: list[str]) -> Command | None:
+    """Read the arguments of the command line. None if they ask to see something, which this shows.
 
     Raises:
-        UserError: the sweep cannot be, before anything starts; or trainings were refused, after the last one.
+        UserError: an argument is unknown, or two contradict each other.
     """
-    if world_size > 1:
-        raise UserError(
-            "-m trains one run after another in one process; under a launcher start each run by a command of its own"
-        )
-    jobs = _jobs(overrides, config_dir)
-    refused = []
-    for number, (label, config) in enumerate(jobs, start=1):
-        print(f"== run {number} of {len(jobs)}: {label or 'as given'}, in {config.run.dir}", flush=True)
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; see monet-train --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    if "--version" in arguments:  # Hydra's parser would tell its own
+        print(f"monet-train {version('monet-train')}")
+        return None
+    options = parser.parse_intermixed_args(arguments)
+    if options.config_name or options.config_path or options.experimental_rerun:
+        raise UserError(f"--config-name, --config-path and --experimental-rerun are not read: {ONE_CONFIGURATION}")
+    shows = {"--help": options.help, "--hydra-help": options.hydra_help, "--cfg": options.cfg, "--info": options.info,
+             "--shell-completion": options.shell_completion}  # fmt: skip
+    modes = [name for name, given in (shows | {"--multirun": options.multirun, "--run": options.run}).items() if given]
+    if len(modes) > 1:
+        raise UserError(f"{' and '.join(modes)} cannot be given together; choose one")
+    if options.resolve and not (options.cfg or options.help):
+        raise UserError("--resolve goes with --cfg or --help only")
+    config_dir = Path(options.config_dir) if options.config_dir else None
+    if any(shows.values()):
+        if options.package and options.cfg == "job" and key_type(options.package) is None:
+            raise UserError(unknown_key(options.package))
+        if not options.shell_completion:  # its override is a command to Hydra
+            with composition(config_dir) as loader:
+                parse_overrides(options.overrides, groups(loader))
+        _show([argument for argument in arguments if argument not in options.overrides] + options.overrides)
+        return None
+    return Command(options.overrides, config_dir, options.multirun)
+
+
+def _show(arguments: list[str]) -> None:
+    # Hydra also prints by logging, which would report a closed output at length; here is nothing to lose.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+    @hydra.main(config_path=str(config_folder()), config_name=PRIMARY, version_base=VERSION_BASE)
+    def never_called(_: DictConfig) -> None:
+        raise AssertionError("Hydra was asked to show something")
+
+    sys.argv = [sys.argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors, instead of printing a report of its own
+    with explained():
         try:
-            run(config)
-        except UserError as error:
-            print(f"run {number} of {len(jobs)} ({label}): {one_line(error)}", file=sys.stderr, flush=True)
-            refused.append(label)
-    if refused:
-        raise UserError(f"{len(refused)} of {len(jobs)} runs were refused, see above: {'; '.join(refused)}")
-
-
-def _jobs(overrides: Sequence[Override], config_dir: Path | None) -> list[tuple[str, TrainConfig]]:
-    """The swept values of each training, as ``optimizer.lr=1e-3``, and its configuration."""
-    swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
-    (batch,) = BasicSweeper.split_arguments(list(overrides), None)
-    labels = [",".join(text for text in job if text.partition("=")[0].lstrip("+") in swept) for job in batch]
-    configs = [compose(job, config_dir) for job in batch]
-    if len({config.run.dir for config in configs}) < len(configs):  # the swept keys do not name folders by themselves
-        for label, config in zip(labels, configs, strict=True):
-            suffix = "-" + label.replace("/", "_")
-            config.run.dir += suffix
-            config.run.name += suffix
-    folders = [Path(config.run.dir).resolve() for config in configs]
-    for number, folder in enumerate(folders):
-        if folder in folders[:number]:
-            raise UserError(f"-m: {labels[number]} gives two runs the folder {folder}; give each value once")
-    return list(zip(labels, configs, strict=True))
+            never_called()
+        except ValueError as error:  # of --shell-completion
+            raise UserError(" ".join(str(error).split())) from None

@@ -8,19 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from monet_train.config.overrides import Groups, key_type, parse_overrides, unknown_key
 from monet_train.config.schema import TrainConfig
 from monet_train.errors import UserError
 
 PRIMARY = "train"  # conf/train.yaml
+VERSION_BASE = "1.3"  # of Hydra: whose defaults are meant
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
@@ -54,15 +59,28 @@ def composition(config_dir: Path | None = None) -> Iterator[ConfigLoader]:
         raise UserError(
             f"--config-dir {config_dir} is not a folder; give one that holds experiment/NAME.yaml or the like"
         )
+    version.setbase(VERSION_BASE)
+    search_path = create_config_search_path(str(config_folder()))
+    if config_dir is not None:
+        search_path.prepend(provider="command-line", path=f"file://{config_dir.resolve()}")
     GlobalHydra.instance().clear()
+    with explained():
+        Hydra.create_main_hydra2(task_name=PRIMARY, config_search_path=search_path)
+        try:
+            yield GlobalHydra.instance().config_loader()
+        finally:
+            GlobalHydra.instance().clear()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Hydra's and OmegaConf's errors in the ``with`` block become one line each."""
     try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
-            if config_dir is not None:
-                loader.get_search_path().prepend("command line", f"file://{config_dir.resolve()}")
-            yield loader
+        yield
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
+    except YAMLError as error:
+        raise UserError(f"a configuration file is not valid YAML: {error}") from None
 
 
 def groups(loader: ConfigLoader) -> Groups:
@@ -94,7 +112,7 @@ def explain(error: Exception) -> str:
             return f"{link.missing_cfg_file} does not exist{options}"
     for link in reversed(links):
         if isinstance(link, OmegaConfBaseException) and link.full_key:
-            if isinstance(link, ConfigKeyError) and key_type(link.full_key) is None:
+            if isinstance(link, ConfigKeyError | ConfigAttributeError) and key_type(link.full_key) is None:
                 return unknown_key(link.full_key)
             return f"{link.full_key}: {str(link).splitlines()[0]}"
     return " ".join(str(error).split())

@@ -11,6 +11,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import is_dataclass
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -24,16 +25,17 @@ from monet_train.typed import describe, field_types, leaves, show
 Groups = Mapping[str, list[str]]  # the options of each configuration group
 
 
-def parse_overrides(overrides: Iterable[str], groups: Groups, *, sweep: bool = False) -> list[Override]:
+def parse_overrides(overrides: Iterable[str], groups: Groups, sweeper: ConfigLoader | None = None) -> list[Override]:
     """The overrides of a command line, each checked against the schema and the groups of ``conf/``.
 
     Args:
-        sweep: whether a key may have several values, as in ``optimizer.lr=1e-3,2e-3``.
+        sweeper: where a key may have several values, as in ``optimizer.lr=1e-3,2e-3``: what the ``glob(*)`` of a group
+            is looked up in.
 
     Raises:
         UserError: one line that names the first override that cannot be, and the remedy.
     """
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader=sweeper)
     parsed = []
     for text in overrides:
         try:
@@ -43,7 +45,10 @@ def parse_overrides(overrides: Iterable[str], groups: Groups, *, sweep: bool = F
         _check_name(override, groups)
         if not override.is_sweep_override():
             _check_value(override, groups)
-        elif not sweep:
+        elif sweeper is not None:
+            if not override.is_discrete_sweep():
+                raise UserError(f"{text} gives no list of values: write them out, as {override.key_or_group}=A,B")
+        else:
             raise UserError(
                 f"{text} gives several values: add -m to train one run for each, write [A,B] for a list, or put quotes "
                 "inside the shell's for a text with a comma"
@@ -54,18 +59,18 @@ def parse_overrides(overrides: Iterable[str], groups: Groups, *, sweep: bool = F
 
 def unknown_key(key: str) -> str:
     """The line for a key that the schema does not have, with the nearest that it has."""
-    names = list(keys())
+    names = [name for name in keys() if "." not in key or not is_dataclass(key_type(name))]
     last = {name.rpartition(".")[2]: name for name in names}
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     near = near or [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), n=1)]
     return f"unknown key {key}: " + (f"did you mean {near[0]}?" if near else "see monet-train --help for all keys")
 
 
-def keys(kind: Any = TrainConfig, prefix: str = "") -> Iterator[str]:
+def keys(kind: type = TrainConfig, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a configuration dataclass, sections included."""
     for name, type_ in field_types(kind).items():
         yield prefix + name
-        if is_dataclass(type_):
+        if isinstance(type_, type) and is_dataclass(type_):
             yield from keys(type_, f"{prefix}{name}.")
 
 
@@ -88,7 +93,9 @@ def wrong_type(key: str, value: Any) -> str:
 def _unreadable(text: str) -> str:
     if text.startswith("-"):
         return f"{text} is not an option of monet-train: see monet-train --help; a key is set by key=value"
-    return f"{text} cannot be read: write key=value, with quotes around special characters in the value"
+    key, _, value = text.partition("=")
+    quoted = f""": '{key}="{value}"'""" if key and value and not set(value) & set("[]{}()'\"") else ""
+    return f"{text} cannot be read: write key=value, with quotes around special characters in the value{quoted}"
 
 
 def _check_name(override: Override, groups: Groups) -> None:
@@ -108,13 +115,13 @@ def _check_name(override: Override, groups: Groups) -> None:
     if override.is_delete():
         raise UserError(f"{text}: {_instead_of_deleting(name, groups)}")
     is_choice = name in groups and not (is_key and isinstance(override.value(), dict))
-    if override.is_add() and not (override.is_force_add() and not is_choice):
+    if override.is_add() or (override.is_force_add() and is_choice):
         raise UserError(f"{text}: {name} is there already; write {text.lstrip('+')}")
 
 
 def _instead_of_deleting(name: str, groups: Groups) -> str:
     if name in groups:
-        return f"a group cannot be deleted; choose one with {name}={'|'.join([*groups[name], 'null'][:4])}"
+        return f"a group cannot be deleted; leave it out, or choose one with {name}={'|'.join(groups[name])}"
     if is_dataclass(key_type(name)):
         return f"a section cannot be deleted; set its keys instead, as {next(_leaf_keys(name))}=VALUE"
     return f"a key cannot be deleted; give it another value, as {name}={_off(name)}"
@@ -136,8 +143,8 @@ def _check_value(override: Override, groups: Groups) -> None:
     name, value = override.key_or_group, override.value()
     if name in groups and not (key_type(name) and isinstance(value, dict)):
         for option in value if isinstance(value, list) else [value]:
-            if option is not None and str(option) not in groups[name]:
-                raise UserError(f"{name}/{option} does not exist; {name} can be {', '.join(groups[name])}")
+            if str(option) not in groups[name]:
+                raise UserError(f"{name}/{show(option)} does not exist; {name} can be {', '.join(groups[name])}")
         return
     check_values(name, value)
 

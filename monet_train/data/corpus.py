@@ -66,6 +66,11 @@ class Corpus:
     documents: int  # training and held-out
     readings: list[Reading]  # by path with weights, otherwise one of all paths
 
+    @property
+    def held_out_share(self) -> float:
+        """Held-out tokens of all tokens; where documents are few it may be far from ``data.validation_fraction``."""
+        return self.valid_tokens / (self.train_tokens + self.valid_tokens)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of ``identity``. It does not depend on the length of the run."""

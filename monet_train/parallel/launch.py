@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from megatron.core import parallel_state
 from monet_train.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+_group_numbers = itertools.count()  # of the process groups that this process was in: each has keys of its own
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,17 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = _slurm_port()
-    dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT)
+    store = dist.PrefixStore(f"group_{next(_group_numbers)}", _rendezvous(launch))
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+@lru_cache(maxsize=1)
+def _rendezvous(launch: Launch) -> dist.Store:
+    """The store that the processes meet in. It lives as long as they do: the runs of a sweep meet in turn."""
+    store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=COLLECTIVE_TIMEOUT))
+    return store
 
 
 def stop_process_group() -> None:

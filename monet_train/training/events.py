@@ -39,7 +39,10 @@ class Resume(Event):
 
 @dataclass(frozen=True)
 class Changed(Event):
-    """A run continues with other values than those it was trained with so far; ``config.yaml`` has the new ones."""
+    """A run continues with other values than those it was trained with so far; ``config.yaml`` has the new ones.
+
+    They are in force from this step on, until a later line of the file says otherwise.
+    """
 
     event = "changed"
     changed: dict[str, list[Any]]  # by dotted key: [before, now]

@@ -142,7 +142,7 @@ class Trainer:
         """
         for callback in self.callbacks:
             callback.on_start(self)
-        first, stopped = self.step, False
+        stopped = False
         while self.step < self.total_steps and not stopped:
             record, stopped = self._train_step()
             for callback in self.callbacks:
@@ -152,8 +152,7 @@ class Trainer:
         if stopped and self.step < self.total_steps:
             self.emit(Stop())
             raise SystemExit(EXIT_STOPPED)
-        if self.step > first:  # a finished run has its line already
-            self.emit(End())
+        self.emit(End())
 
     def _train_step(self) -> tuple[Record, bool]:
         started, waited = time.perf_counter(), self.batches.wait_seconds

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from monet_train.checkpoints.layout import Description, checkpoints_folder
+from monet_train.checkpoints.layout import checkpoints_folder
 from monet_train.checkpoints.resume import check_complete, check_same_run, find_resume
 from monet_train.config.schema import TrainConfig
 from monet_train.data.corpus import Corpus, check_shards, open_corpus
@@ -20,13 +20,7 @@ from monet_train.training.callbacks.table import find_callbacks
 from monet_train.training.checks import check_config, total_steps
 from monet_train.training.optimizers import check_optimizer
 from monet_train.training.prepared import Prepared
-from monet_train.training.run_folder import (
-    DATA_CACHE,
-    changed_values,
-    check_run_folder,
-    check_something_to_train,
-    lock_run_folder,
-)
+from monet_train.training.run_folder import DATA_CACHE, changes, check_run_folder, check_work_left, lock_run_folder
 from monet_train.training.schedules import check_schedule
 
 
@@ -37,6 +31,7 @@ def preflight(config: TrainConfig, launch: Launch, resources: ExitStack) -> Prep
 
     Raises:
         UserError: the same on every rank, before anything is written.
+        Finished: likewise, where the run is complete already.
     """
     check_config(config, launch)
     check_optimizer(config.optimizer)
@@ -60,16 +55,14 @@ def preflight(config: TrainConfig, launch: Launch, resources: ExitStack) -> Prep
     if resume:
         agree(lambda: check_same_run(resume, identity))
         agree(lambda: check_complete(resume) if launch.is_main else None)
+        agree(lambda: check_work_left(folder, config, resume, steps))
     lock = agree(lambda: lock_run_folder(folder) if launch.is_main else None)
     if lock is not None:
         resources.enter_context(lock)
     _check_newest(config, folder, resume)
-    step = Description.read(resume).step if resume else 0
-    changed = agree(lambda: changed_values(folder, config))
-    agree(lambda: check_something_to_train(folder, step, steps, changed))
-    return Prepared(
-        config, launch, device, topology, kernels, folder, steps, corpus, resume, identity, changed, step == steps
-    )
+    # of the run that the checkpoint is from, be it this or another
+    changed = agree(lambda: changes(resume.parent.parent, config)) if resume else {}
+    return Prepared(config, launch, device, topology, kernels, folder, steps, corpus, resume, identity, changed)
 
 
 def run_identity(config: TrainConfig, corpus: Corpus, topology: Topology) -> dict[str, dict[str, Any]]:

@@ -31,8 +31,7 @@ class Prepared:
     corpus: Corpus
     resume: Path | None  # the checkpoint to continue from
     identity: dict[str, dict[str, Any]]  # what a run that resumes must share, by section and key
-    changed: dict[str, list[Any]]  # values that differ from those the run was last trained with, by key: [before, now]
-    finished: bool  # the checkpoint to continue from is that of the last step
+    changed: dict[str, list[Any]]  # values that differ from those of the checkpoint's run, by key: [before, now]
 
     @property
     def micro_step_sequences(self) -> int:

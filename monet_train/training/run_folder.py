@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what it was started with, and that one process group at a time writes it."""
+"""The run folder: whose it is, what it was trained with, and that one process group at a time writes it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,49 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import MISSING as NO_DEFAULT
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from monet_train.checkpoints.layout import checkpoints_folder, completed
-from monet_train.config.schema import TrainConfig
+from monet_train.checkpoints.layout import Description, checkpoints_folder, completed
+from monet_train.config.schema import MISSING, TrainConfig
 from monet_train.durable import write_atomically
 from monet_train.errors import UserError
+from monet_train.training.events import EVENTS
+from monet_train.typed import leaves, show
 
+CONFIG = "config.yaml"
 LOCK = ".lock"
 DATA_CACHE = "data_cache"  # index cache of the shards, where their own folder cannot be written
+SHOWN_CHANGES = 3  # in a refusal
+# Keys that a start of a finished run may change: where files lie, what is shown and saved, what the run runs on. The
+# data and their order are compared by content, the length by its steps. Not eval or callbacks: they would do nothing.
+WITHOUT_EFFECT = (
+    "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.max_steps", "train.max_tokens",
+    "kernels", "checkpoint.", "logging.",
+)  # fmt: skip
 PACKAGES = ("monet-train", "torch", "deepspeed", "megatron-core", "transformers", "datasets", "sentencepiece", "wandb")
 
 
 def check_run_folder(folder: Path, config: TrainConfig) -> None:
     """Refuse a folder that belongs to something else. Only reads; every rank may call it."""
-    config_file = folder / "config.yaml"
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"run.dir={folder} is a file; choose another run.dir")
-    if not config_file.exists():
+    recorded = recorded_values(folder)
+    if recorded is None:
         # a run that ended before it was described leaves these
-        if any(path.name not in (LOCK, DATA_CACHE) for path in folder.iterdir()):
+        if any(path.name not in (LOCK, DATA_CACHE, EVENTS) for path in folder.iterdir()):
             raise UserError(f"run.dir={folder} holds files that are not a run's; choose an empty or new folder")
         return
-    owner = OmegaConf.select(OmegaConf.load(config_file), "run.name")
+    owner = recorded.get("run.name")
     if owner != config.run.name:
         raise UserError(f"run.dir={folder} belongs to the run {owner}; choose another run.dir or run.name={owner}")
     if config.checkpoint.resume == "never" and completed(checkpoints_folder(folder)):
@@ -46,59 +59,6 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
             f"run.dir={folder} has checkpoints and checkpoint.resume=never; "
             "choose another run.dir, or checkpoint.resume=auto to resume"
         )
-
-
-# Keys that do not change what is trained: where files lie, what is shown, saved and measured, what the run runs on.
-# The data and their order are compared by content (``run_identity``); the length has a check of its own.
-NOT_TRAINED = (
-    "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.max_steps", "train.max_tokens",
-    "kernels", "callbacks", "checkpoint.", "eval.", "logging.",
-)  # fmt: skip
-
-
-def changed_values(folder: Path, config: TrainConfig) -> dict[str, list[Any]]:
-    """What differs from the values that the run was last trained with, by dotted key: [before, now]. Only reads.
-
-    Keys that ``config.yaml`` does not have yet (it was written by an older version) do not count.
-    """
-    file = folder / "config.yaml"
-    if not file.exists():
-        return {}
-    before, now = dict(_flat(OmegaConf.load(file))), dict(_flat(OmegaConf.structured(config)))
-    return {key: [before[key], value] for key, value in now.items() if key in before and before[key] != value}
-
-
-def check_something_to_train(folder: Path, step: int, steps: int, changed: dict[str, list[Any]]) -> None:
-    """Refuse a start that would train nothing although it asks for something else than the run has been.
-
-    Args:
-        step: of the checkpoint that the run resumes from. steps: of the whole run.
-        changed: see :func:`changed_values`.
-    """
-    if step < steps:
-        return
-    remedy = "raise train.max_steps to train on, or choose another run.dir"
-    if step > steps:
-        raise UserError(f"run.dir={folder} is at step {step} already, this start asks for {steps}: {remedy}")
-    differences = [
-        f"{key}={now} (it was trained with {before})"
-        for key, (before, now) in changed.items()
-        if not key.startswith(NOT_TRAINED)
-    ]
-    if differences:
-        raise UserError(
-            f"run.dir={folder} is finished at step {step}, nothing would be trained with {', '.join(differences)}: "
-            + remedy
-        )
-
-
-def _flat(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    values: Any = OmegaConf.to_container(section) if OmegaConf.is_config(section) else section
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def lock_run_folder(folder: Path) -> IO[str]:
@@ -116,9 +76,99 @@ def lock_run_folder(folder: Path) -> IO[str]:
     return lock
 
 
+class Finished(Exception):
+    """A run that was trained to its end with the values that are asked for: there is nothing to do."""
+
+
+def check_work_left(folder: Path, config: TrainConfig, resume: Path, steps: int) -> None:
+    """Refuse to resume a run that has no step left. Only reads; every rank may call it.
+
+    Args:
+        resume: the checkpoint to continue from.
+        steps: of the whole run.
+
+    Raises:
+        Finished: the run was trained to its end as it is asked for.
+        UserError: it was made with other values, or is longer, so that this command would not do what it says.
+    """
+    done = Description.read(resume).step
+    if done < steps:
+        return
+    key = "train.max_steps" if config.train.max_steps == steps else "train.max_tokens"
+    remedy = f"raise {key} to train on, or choose another run.dir"
+    if resume.parent != checkpoints_folder(folder).resolve():
+        raise UserError(
+            f"checkpoint.resume={resume} is at step {done} already, this start asks for {steps}: raise {key}"
+        )
+    if done > steps:
+        raise UserError(f"run.dir={folder} is at step {done} already, this start asks for {steps}: {remedy}")
+    differences = [
+        f"{key}={show(now)} (it was trained with {show(before)})"
+        for key, (before, now) in changes(folder, config).items()
+        if not key.startswith(WITHOUT_EFFECT)
+    ]
+    if differences:
+        more = f" and {len(differences) - SHOWN_CHANGES} more changes" * (len(differences) > SHOWN_CHANGES)
+        raise UserError(
+            f"run.dir={folder} is finished at step {done}, nothing would be trained with "
+            f"{', '.join(differences[:SHOWN_CHANGES])}{more}: {remedy}"
+        )
+    raise Finished(f"{config.run.name} is finished: all {steps:,} steps are trained ({resume}); {remedy}")
+
+
+def changes(folder: Path, config: TrainConfig) -> dict[str, list[Any]]:
+    """What ``config`` changes of the values in a run folder's ``config.yaml``: [before, now] by key. Only reads.
+
+    Where the run and its checkpoint are does not count. A key that ``config.yaml`` does not have yet, since it is of an
+    earlier version, had its default.
+    """
+    before = recorded_values(folder)
+    if before is None:
+        return {}
+    now = _values(OmegaConf.to_container(OmegaConf.structured(config)))
+    return {
+        key: [before[key], value]
+        for key, value in now.items()
+        if key in before and before[key] != value and key not in ("run.dir", "checkpoint.resume")
+    }
+
+
+def recorded_values(folder: Path) -> dict[str, Any] | None:
+    """The values of a run folder's ``config.yaml`` by dotted key; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        return None
+    try:
+        recorded = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be read ({reason}): restore it, or choose another run.dir") from None
+    if not isinstance(recorded, dict):
+        raise UserError(f"{file} is not the configuration of a run: restore it, or choose another run.dir")
+    return _values(recorded)
+
+
+def _values(nested: Any) -> dict[str, Any]:
+    """A nested configuration by dotted key of the schema, with defaults where it has no value and there is one."""
+    values = {}
+    for key, field in leaves(TrainConfig):
+        value: Any = nested
+        for part in key.split("."):
+            value = value.get(part, MISSING) if isinstance(value, Mapping) else MISSING
+        if value == MISSING:
+            value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+        if value is not NO_DEFAULT and value != MISSING:
+            values[key] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
 def write_descriptions(folder: Path, config: TrainConfig, device: torch.device, world_size: int) -> None:
-    """Write ``config.yaml`` (resolved) and ``environment.json``. For the main rank."""
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    """Write ``config.yaml`` (resolved) and ``environment.json``, just before the first step. For the main rank."""
+    write_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     described = json.dumps(environment(device, world_size), indent=2) + "\n"
     write_atomically(folder / "environment.json", described.encode())
 

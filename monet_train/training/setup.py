@@ -27,6 +27,7 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
 
     Raises:
         UserError: the same on every rank, before anything is written.
+        Finished: the run is complete already.
     """
     with ExitStack() as resources:
         prepared = preflight(config, launch, resources)
@@ -57,14 +58,12 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
         )
         if prepared.resume:
             restore(trainer, prepared.resume)
-        if launch.is_main:
+        trainer.emit(Resume(str(prepared.resume)) if prepared.resume else Start())
+        if prepared.changed:
+            trainer.emit(Changed(prepared.changed))
+        if launch.is_main:  # after the events: a kill between the two must not lose what was changed
+            write_descriptions(prepared.folder, config, prepared.device, launch.world_size)
             print(announcement(prepared, trainer.step), flush=True)
-        if not prepared.finished:  # otherwise config.yaml and the events tell what was trained already
-            if launch.is_main:
-                write_descriptions(prepared.folder, config, prepared.device, launch.world_size)
-            trainer.emit(Resume(str(prepared.resume)) if prepared.resume else Start())
-            if prepared.resume and prepared.changed:
-                trainer.emit(Changed(prepared.changed))
         trainer.resources = resources.pop_all()
         return trainer
 
@@ -72,8 +71,6 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
 def announcement(prepared: Prepared, step: int) -> str:
     """What the user is told at the start: the run, what it runs on, from where, and what it will read."""
     config, topology, device = prepared.config, prepared.topology, prepared.device
-    if prepared.finished:
-        return f"{config.run.name} is finished: all {step:,} steps are trained ({prepared.resume})"
     begin = f"resumes after step {step} ({prepared.resume})" if prepared.resume else f"starts in {config.run.dir}"
     flops = training_flops_per_token(config.model, config.train.seq_length)
     return (
@@ -83,4 +80,5 @@ def announcement(prepared: Prepared, step: int) -> str:
         + begin
         + f"\n{prepared.steps:,} steps read "
         + ", ".join(map(str, prepared.corpus.readings))
+        + f"; {prepared.corpus.held_out_share:.1%} of the tokens are held out"
     )
