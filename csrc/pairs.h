@@ -31,7 +31,8 @@ struct Side {
   int64_t heads;
 };
 
-// A factor for every expert (i, j) of every head, [heads, experts, experts], that its product of gates is multiplied by.
+// A factor for every expert (i, j) of every head, [heads, experts, experts]; its product of gates is multiplied by
+// it.
 template <class C>
 struct Mask {
   const C* factors;     // null: no expert is masked

@@ -1,5 +1,5 @@
-// The gradients of the operations. The backward pass of an operation is an operation too: torch.compile and torch.export
-// trace through this file and see one node for each. There are no second derivatives.
+// The gradients of the operations. The backward pass of an operation is an operation too: torch.compile and
+// torch.export trace through this file and see one node for each. There are no second derivatives.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>

@@ -1,5 +1,5 @@
-// The name under which the operations are registered, torch.ops.monet. The tests build a second library of another name,
-// in which the CUDA binding runs on the CPU.
+// The name under which the operations are registered, torch.ops.monet. The tests build a second library of another
+// name, in which the CUDA binding runs on the CPU.
 #pragma once
 
 #include <c10/macros/Macros.h>

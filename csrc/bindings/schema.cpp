@@ -1,5 +1,6 @@
 // torch.ops.monet: the operations as the framework sees them. Each device implements them in a file of its own; their
-// gradients are in autograd.cpp; what torch.compile and torch.export must know of them is in monet_train/kernels/fake.py.
+// gradients are in autograd.cpp; what torch.compile and torch.export must know of them is in
+// monet_train/kernels/fake.py.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 

@@ -1,12 +1,11 @@
-// What the bindings of all devices share: tensors checked and taken apart for kernels that know no framework.
+// Tensors checked and taken apart for kernels that know no framework.
 #pragma once
 
 #include <ATen/ATen.h>
 
 #include <limits>
 
-#include "../numbers.h"
-#include "../pairs.h"
+#include "../experts.h"
 #include "operations.h"
 
 namespace monet {
@@ -18,8 +17,18 @@ const T* read(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 template <class T>
-T* write(Tensor& tensor) {
+T* write(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Rows of a matrix whose rows are contiguous, from a column on.
+template <class S>
+Rows<const S> read_rows(const Tensor& matrix, int64_t column = 0) {
+  return {read<S>(matrix) + column, matrix.stride(0)};
+}
+template <class S>
+Rows<S> write_rows(const Tensor& matrix, int64_t column = 0) {
+  return {write<S>(matrix) + column, matrix.stride(0)};
 }
 
 // f(zero of the tensor's number type).
@@ -42,13 +51,33 @@ auto with_wide_type(const Tensor& tensor, const F& f) {
 }
 
 // The type of sums over values of `tensor`, and of the gates that go with it.
-inline at::TensorOptions accumulator(const Tensor& tensor) {
-  return tensor.options().dtype(tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+inline at::ScalarType accumulator(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// ---- checks
 
 // Pointers of another device must not reach a kernel.
 inline void check_device(const Tensor& like, const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.device() == like.device(), name, " is on ", tensor.device(), ", other tensors on ", like.device());
+}
+
+inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
+  TORCH_CHECK(
+      weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
+      "], not ", weight.sizes());
+  TORCH_CHECK(
+      weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
+      like.scalar_type());
+  check_device(like, weight, name);
+}
+
+// A gradient that goes with gates: contiguous, of this shape, in the type of the gates.
+inline Tensor gradient(const Tensor& like, const Tensor& given, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(given.sizes() == shape, name, " must be ", shape, ", not ", given.sizes());
+  TORCH_CHECK(given.scalar_type() == like.scalar_type(), name, " must be in the type of the gates");
+  check_device(like, given, name);
+  return given.contiguous();
 }
 
 // ---- gates
@@ -56,9 +85,9 @@ inline void check_device(const Tensor& like, const Tensor& tensor, const char* n
 // The pairs that values or gates on the device of `like` belong to.
 inline Pairs pairs_of(const Tensor& like, Layout layout, int64_t experts) {
   TORCH_CHECK(layout.size() == 4, "a layout has 4 tensors, not ", layout.size());
-  for (const Tensor& part : layout) {
-    TORCH_CHECK(part.scalar_type() == at::kInt && part.is_contiguous(), "a layout is of contiguous int32 tensors");
-    check_device(like, part, "a layout");
+  for (const Tensor& index : layout) {
+    TORCH_CHECK(index.scalar_type() == at::kInt && index.is_contiguous(), "a layout is of contiguous int32 tensors");
+    check_device(like, index, "a layout");
   }
   const Pairs pairs{
       .tokens = layout[2].numel() - 1,
@@ -72,78 +101,41 @@ inline Pairs pairs_of(const Tensor& like, Layout layout, int64_t experts) {
   return pairs;
 }
 
-// Values [pairs, heads] made contiguous.
-inline Tensor values_of(const Tensor& values, const Pairs& pairs) {
-  TORCH_CHECK(values.dim() == 2 && values.size(0) == pairs.count, "values must be [", pairs.count, " pairs, heads]");
-  return values.contiguous();
-}
-
-// A dense tensor that goes with gates of so many pairs, [tokens, heads, experts].
-inline void check_dense(const Tensor& dense, const Tensor& gates, const Pairs& pairs) {
-  TORCH_CHECK(
-      dense.dim() == 3 && dense.size(0) == pairs.tokens && dense.size(1) == gates.size(1) &&
-          dense.size(2) == pairs.experts && dense.scalar_type() == gates.scalar_type(),
-      "a dense gradient must be [tokens, heads, half-experts], in the type of the gates");
-  check_device(gates, dense, "a dense gradient");
-}
-
-// ---- the router
-
-inline Tensor router_logits(const Tensor& x, const Tensor& weight, int64_t heads) {
-  const Tensor z = at::linear(x, weight).unflatten(-1, {heads, -1});
-  return z.scalar_type() == at::kDouble ? z : z.to(at::kFloat);
-}
-
-inline void check_route(const Tensor& logits, const Tensor& threshold) {
-  TORCH_CHECK(logits.dim() == 3 && logits.size(2) > 0, "logits must be [tokens, heads, half-experts]");
-  TORCH_CHECK(
-      threshold.dim() == 1 && threshold.size(0) == logits.size(1) && threshold.scalar_type() == logits.scalar_type(),
-      "threshold must be [heads], in the type of the logits");
-  check_device(logits, threshold, "threshold");
-  TORCH_CHECK(
-      logits.size(0) <= std::numeric_limits<int32_t>::max() / logits.size(2), logits.size(0),
-      " tokens are too many for one call; split them");
-}
-
-// ---- the expert layers
-
-inline void check_matrix(const Tensor& like, const Tensor& weight, int64_t rows, int64_t columns, const char* name) {
-  TORCH_CHECK(
-      weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns, name, " must be [", rows, ", ", columns,
-      "], not ", weight.sizes());
-  TORCH_CHECK(
-      weight.scalar_type() == like.scalar_type(), name, " is ", weight.scalar_type(), " and the tokens are ",
-      like.scalar_type());
-  check_device(like, weight, name);
-}
-
-// One side of an expert layer: its gates in the type of sums, and what a pair needs.
+// Gates of one side, with the pairs that they belong to.
 struct SideTensors {
-  SideTensors(const Tensor& gates, Layout layout, int64_t experts)
-      : pairs(pairs_of(gates, layout, experts)), gates(values_of(gates, pairs)) {}
-  SideTensors(const Tensor& x, const Tensor& gates, Layout layout, int64_t experts)
-      : SideTensors(gates, layout, experts) {
+  SideTensors(const Tensor& given, Layout layout, int64_t experts) : pairs(pairs_of(given, layout, experts)) {
+    TORCH_CHECK(given.dim() == 2 && given.size(0) == pairs.count, "values must be [", pairs.count, " pairs, heads]");
+    gates = given.contiguous();
+  }
+  // Beside tokens: of as many, and in the type of sums over them.
+  SideTensors(const Tensor& x, const Tensor& given, Layout layout, int64_t experts)
+      : SideTensors(given, layout, experts) {
     TORCH_CHECK(pairs.tokens == x.size(0), "gates of ", pairs.tokens, " tokens for ", x.size(0));
-    TORCH_CHECK(gates.scalar_type() == accumulator(x).dtype(), "gates must be in the type of sums");
+    TORCH_CHECK(gates.scalar_type() == accumulator(x), "gates must be in the type of sums");
     check_device(x, gates, "a gate");
   }
 
   template <class C>
   Side<C> side() const {
-    return {pairs, read<C>(gates), gates.size(1)};
+    return {pairs, read<C>(gates), heads()};
   }
+  int64_t heads() const { return gates.size(1); }
+  // For values of this side.
   Tensor by_pair(int64_t units) const { return at::empty({pairs.count, units}, gates.options()); }
+  Tensor dense() const { return at::empty({pairs.tokens, heads(), pairs.experts}, gates.options()); }
+  Tensor by_half_expert() const { return at::empty({heads(), pairs.experts}, gates.options()); }
 
   Pairs pairs;
   Tensor gates;
 };
 
-// The factors of the experts, [1 or heads, experts, experts] in the type of sums.
-struct MaskTensor {
-  MaskTensor(const OptionalTensor& mask, const SideTensors& one, const SideTensors& two) {
-    TORCH_CHECK(one.gates.size(1) == two.gates.size(1), "the two sides have different numbers of heads");
+// Gates of both sides, and the factors of the experts: [1 or heads, experts, experts] in the type of sums, or none.
+struct RoutingTensors {
+  RoutingTensors(const SideTensors& side1, const SideTensors& side2, const OptionalTensor& mask)
+      : one(side1), two(side2) {
+    TORCH_CHECK(one.heads() == two.heads(), "the two sides have different numbers of heads");
     if (!mask) return;
-    const int64_t heads = one.gates.size(1), experts = one.pairs.experts;
+    const int64_t heads = one.heads(), experts = one.pairs.experts;
     TORCH_CHECK(
         mask->dim() == 3 && (mask->size(0) == 1 || mask->size(0) == heads) && mask->size(1) == experts &&
             mask->size(2) == experts,
@@ -154,56 +146,112 @@ struct MaskTensor {
   }
 
   template <class C>
+  Routing<C> routing() const {
+    return {one.side<C>(), two.side<C>(), mask<C>()};
+  }
+  template <class C>
   Mask<C> mask() const {
     if (!factors.defined()) return {nullptr, 0};
     return {read<C>(factors), factors.size(0) == 1 ? 0 : factors.stride(0)};
   }
 
+  SideTensors one, two;
   Tensor factors;
 };
 
-inline void check_totals(
-    const Tensor& totals1, const Tensor& totals2, const SideTensors& one, const SideTensors& two) {
-  TORCH_CHECK(
-      totals1.numel() == one.pairs.count && totals2.numel() == two.pairs.count, "gradients of totals must be [pairs]");
-}
+// ---- the expert layers
 
-// The weights of a vertical layer: u1, its bias, u2, its bias, v11, v12, v21, v22. Units of a half-expert.
-inline int64_t check_vertical(const Tensor& x, TensorList w, int64_t experts) {
-  TORCH_CHECK(w.size() == 8, "a vertical layer has 8 weights");
-  const int64_t d = x.size(1), inner = w[0].size(0);
+// An expert layer: tokens [tokens, d], their routing, and weights whose shapes fit.
+struct Layer {
+  int64_t experts() const { return routing.one.pairs.experts; }
+  int64_t width() const { return x.size(1); }
+
+  Tensor x;
+  RoutingTensors routing;
+  TensorList weights;
+  int64_t units;  // of a half-expert
+};
+
+// The weights by number.
+enum Vertical : size_t { kU1, kU1Bias, kU2, kU2Bias, kV11, kV12, kV21, kV22, kVerticalWeights };
+enum Horizontal : size_t { kU, kUBias, kV, kHorizontalWeights };
+
+inline Layer vertical_layer(
+    const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
+    const OptionalTensor& mask, TensorList w) {
+  const Tensor x = tokens.contiguous();
+  TORCH_CHECK(w.size() == kVerticalWeights, "a vertical layer has 8 weights");
+  const int64_t d = x.size(1), inner = w[kU1].size(0);
   TORCH_CHECK(d % 2 == 0 && inner % experts == 0, "sizes do not fit: d ", d, ", ", inner, " units, ", experts);
-  check_matrix(x, w[0], inner, d, "u1");
-  check_matrix(x, w[2], inner, d, "u2");
-  check_matrix(x, w[1].unsqueeze(0), 1, inner, "u1's bias");
-  check_matrix(x, w[3].unsqueeze(0), 1, inner, "u2's bias");
-  for (const Tensor& v : w.slice(4)) check_matrix(x, v, d / 2, inner, "v");
-  return inner / experts;
+  check_matrix(x, w[kU1], inner, d, "u1");
+  check_matrix(x, w[kU2], inner, d, "u2");
+  check_matrix(x, w[kU1Bias].unsqueeze(0), 1, inner, "u1's bias");
+  check_matrix(x, w[kU2Bias].unsqueeze(0), 1, inner, "u2's bias");
+  for (const Tensor& v : w.slice(kV11)) check_matrix(x, v, d / 2, inner, "v");
+  return {x, {{x, gates1, layout1, experts}, {x, gates2, layout2, experts}, mask}, w, inner / experts};
 }
 
-// The weights of a horizontal layer: u, its bias, v. Units of a half-expert.
-inline int64_t check_horizontal(const Tensor& x, TensorList w, int64_t experts) {
-  TORCH_CHECK(w.size() == 3, "a horizontal layer has 3 weights");
-  const int64_t d = x.size(1), inner = w[0].size(0);
+inline Layer horizontal_layer(
+    const Tensor& tokens, const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts,
+    const OptionalTensor& mask, TensorList w) {
+  const Tensor x = tokens.contiguous();
+  TORCH_CHECK(w.size() == kHorizontalWeights, "a horizontal layer has 3 weights");
+  const int64_t d = x.size(1), inner = w[kU].size(0);
   TORCH_CHECK(inner % experts == 0, "sizes do not fit: ", inner, " units of ", experts, " half-experts");
-  check_matrix(x, w[0], inner, d, "u");
-  check_matrix(x, w[1].unsqueeze(0), 1, inner, "u's bias");
-  check_matrix(x, w[2], d, inner, "v");
-  return inner / experts;
+  check_matrix(x, w[kU], inner, d, "u");
+  check_matrix(x, w[kUBias].unsqueeze(0), 1, inner, "u's bias");
+  check_matrix(x, w[kV], d, inner, "v");
+  return {x, {{x, gates1, layout1, experts}, {x, gates2, layout2, experts}, mask}, w, inner / experts};
 }
 
-// What router_logits_backward takes: dlogits [tokens, rows], x [tokens, d], w [rows, d].
-inline void check_router_gradient(const Tensor& dlogits, const Tensor& x, const Tensor& w) {
-  check_matrix(x, w, dlogits.size(1), x.size(1), "weight");
-  TORCH_CHECK(dlogits.size(0) == x.size(0), "gradients of ", dlogits.size(0), " tokens for ", x.size(0));
-  TORCH_CHECK(dlogits.scalar_type() == accumulator(x).dtype(), "gradients of logits must be in the type of sums");
-  check_device(x, dlogits, "a gradient of logits");
+// What the backward pass of a layer takes beside its inputs: the gradient of its output, which is returned
+// contiguous, and pre-activations by pair of these sides.
+inline Tensor check_backward(
+    const Layer& layer, const Tensor& dout, TensorList kept, std::initializer_list<const SideTensors*> sides) {
+  check_matrix(layer.x, dout, layer.x.size(0), layer.width(), "a gradient");
+  TORCH_CHECK(kept.size() == sides.size(), "the backward pass takes ", sides.size(), " tensors of the forward pass");
+  size_t index = 0;
+  for (const SideTensors* side : sides) {
+    const Tensor& s = kept[index++];
+    TORCH_CHECK(
+        s.dim() == 2 && s.size(0) == side->pairs.count && s.size(1) == layer.units && s.is_contiguous() &&
+            s.scalar_type() == side->gates.scalar_type(),
+        "pre-activations must be [pairs, units], in the type of sums");
+    check_device(layer.x, s, "a pre-activation");
+  }
+  return dout.contiguous();
 }
 
-// Room for the gradient of a weight, stored by columns if the weight is.
+// Gates that meet an output bias: in the type of sums over its rows.
+inline void check_bias(const SideTensors& side, const Tensor& like) {
+  TORCH_CHECK(side.gates.scalar_type() == accumulator(like), "gates must be in the type of sums");
+  check_device(like, side.gates, "a gate");
+}
+
+// For the gradient of a weight, stored by columns if the weight is.
 inline Tensor empty_gradient(const Tensor& weight) {
   if (weight.is_contiguous() || !weight.t().is_contiguous()) return at::empty(weight.sizes(), weight.options());
   return at::empty({weight.size(1), weight.size(0)}, weight.options()).t();
 }
+
+// Gradients of what a layer takes, not yet filled. Output weights begin with number first_output.
+struct LayerGradients {
+  LayerGradients(const Layer& layer, size_t first_output)
+      : x(at::empty_like(layer.x)), gates1(at::empty_like(layer.routing.one.gates)),
+        gates2(at::empty_like(layer.routing.two.gates)) {
+    for (const Tensor& weight : layer.weights) {
+      const bool output = weights.size() >= first_output;
+      weights.push_back(output ? empty_gradient(weight) : at::empty(weight.sizes(), weight.options()));
+    }
+  }
+  std::vector<Tensor> list() const {
+    std::vector<Tensor> all{x, gates1, gates2};
+    all.insert(all.end(), weights.begin(), weights.end());
+    return all;
+  }
+
+  Tensor x, gates1, gates2;
+  std::vector<Tensor> weights;
+};
 
 }  // namespace monet

@@ -52,16 +52,16 @@ bool select_instruction_set(const char* name) {
 }
 
 template <>
-const Products<float>& products<float>() {
-  return chosen().load()->products_fp32;
+const Tiles<float>& tiles<float>() {
+  return chosen().load()->tiles_fp32;
 }
 template <>
-const Products<BFloat16>& products<BFloat16>() {
-  return chosen().load()->products_bf16;
+const Tiles<BFloat16>& tiles<BFloat16>() {
+  return chosen().load()->tiles_bf16;
 }
 template <>
-const Products<double>& products<double>() {
-  return chosen().load()->products_fp64;
+const Tiles<double>& tiles<double>() {
+  return chosen().load()->tiles_fp64;
 }
 
 template <>
@@ -83,12 +83,12 @@ const Mixing<double>& mixing<double>() {
 }
 
 template <>
-const Masking<float>& masking<float>() {
-  return chosen().load()->masking_fp32;
+const MaskedMixing<float>& masked_mixing<float>() {
+  return chosen().load()->masked_mixing_fp32;
 }
 template <>
-const Masking<double>& masking<double>() {
-  return chosen().load()->masking_fp64;
+const MaskedMixing<double>& masked_mixing<double>() {
+  return chosen().load()->masked_mixing_fp64;
 }
 
 }  // namespace monet::cpu

@@ -2,21 +2,21 @@
 #pragma once
 
 #include "mixing.h"
-#include "products.h"
+#include "tiles.h"
 
 namespace monet::cpu {
 
 struct KernelsOfInstructionSet {
   const char* name;
-  Products<float> products_fp32;
-  Products<BFloat16> products_bf16;
-  Products<double> products_fp64;
+  Tiles<float> tiles_fp32;
+  Tiles<BFloat16> tiles_bf16;
+  Tiles<double> tiles_fp64;
   Scan<float> scan_fp32;
   Scan<double> scan_fp64;
   Mixing<float> mixing_fp32;
   Mixing<double> mixing_fp64;
-  Masking<float> masking_fp32;
-  Masking<double> masking_fp64;
+  MaskedMixing<float> masked_mixing_fp32;
+  MaskedMixing<double> masked_mixing_fp64;
 };
 extern const KernelsOfInstructionSet kernels_portable, kernels_avx2, kernels_avx512;  // AVX on x86-64 only
 

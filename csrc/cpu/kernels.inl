@@ -1,21 +1,21 @@
-// All kernels for the instruction set this is compiled for. Before including it, define MONET_VECTOR_BYTES, MONET_KERNELS
-// (the table), MONET_NAME and the tile sizes of the products: as many sums as the registers hold.
+// All kernels for the instruction set this is compiled for. Before including it, define MONET_VECTOR_BYTES,
+// MONET_KERNELS (the table), MONET_NAME and the sizes of the tiles: as many sums as the registers hold.
 #include "instruction_sets.h"
-#include "masking.inl"
-#include "products.inl"
+#include "masked_mixing.inl"
+#include "tiles.inl"
 
 namespace monet::cpu {
 
 const KernelsOfInstructionSet MONET_KERNELS = {
     MONET_NAME,
-    products_table<float>,
-    products_table<BFloat16>,
-    products_table<double>,
+    tiles_table<float>,
+    tiles_table<BFloat16>,
+    tiles_table<double>,
     scan_table<float>,
     scan_table<double>,
     mixing_table<float>,
     mixing_table<double>,
-    masking_table<float>,
-    masking_table<double>};
+    masked_mixing_table<float>,
+    masked_mixing_table<double>};
 
 }  // namespace monet::cpu

@@ -1,122 +1,136 @@
-// What happens to a token between the input and the output layer of its half-experts.
 #include "mixing.h"
 
-#include <algorithm>
+#include <memory>
 #include <vector>
 
-#include "../parallel.h"
+#include "groups.h"
+#include "tasks.h"
 
 namespace monet::cpu {
 namespace {
 
-// mix(first token, end, room) for all tokens.
+constexpr int64_t kTaskTokens = 64;
+constexpr int64_t kTaskPairs = 4096;
+
+// mix(token range, workspace) for all tokens.
 template <class C, class F>
-void for_each_run_of_tokens(const Side<C>& side, const F& mix) {
-  for_each_task(ceil_div(side.pairs.tokens, kTaskTokens), [&](int64_t task) {
-    std::vector<VectorRoom> room(kRoomsPerHead * side.heads);
-    mix(task * kTaskTokens, smaller(side.pairs.tokens, (task + 1) * kTaskTokens), room.data());
+void without_mask(const Routing<C>& routing, const F& mix) {
+  for_each_range(routing.tokens(), kTaskTokens, [&](int64_t begin, int64_t end) {
+    std::vector<WorkspaceVector> workspace(kMixingVectorsPerHead * routing.heads());
+    mix(TokenRange{begin, end}, workspace.data());
   });
+}
+
+// mix(half-experts of the pairs, token range, workspace) for all tokens.
+template <class C, class F>
+void with_mask(const Routing<C>& routing, const F& mix) {
+  const Pairs &pairs1 = routing.side1.pairs, &pairs2 = routing.side2.pairs;
+  const std::unique_ptr<int32_t[]> expert1(new int32_t[pairs1.count]), expert2(new int32_t[pairs2.count]);
+  experts_of_pairs(pairs1, expert1.get());
+  experts_of_pairs(pairs2, expert2.get());
+  const ExpertsOfPairs experts{expert1.get(), expert2.get()};
+  const int64_t vectors = masked_mixing_vectors(routing);
+  for_each_range(routing.tokens(), kTaskTokens, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<WorkspaceVector[]> workspace(new WorkspaceVector[vectors]);  // not filled: little is used
+    mix(experts, TokenRange{begin, end}, workspace.get());
+  });
+}
+
+// One of the two, as the routing has a mask or not.
+template <class C, class P>
+void mix(
+    const P& p, void (*unmasked)(const P&, TokenRange, WorkspaceVector*),
+    void (*masked)(const P&, ExpertsOfPairs, TokenRange, WorkspaceVector*)) {
+  if (p.routing.mask)
+    with_mask(p.routing, [&](ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace) {
+      masked(p, experts, tokens, workspace);
+    });
+  else
+    without_mask(p.routing, [&](TokenRange tokens, WorkspaceVector* workspace) { unmasked(p, tokens, workspace); });
+}
+
+template <class C>
+C total(const Side<C>& side, int64_t pair) {
+  C sum = 0;
+  for (int64_t h = 0; h < side.heads; ++h) sum += side.gates[pair * side.heads + h];
+  return sum;
 }
 
 }  // namespace
 
 template <class C>
-void mix_vertical(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<C>& mix) {
-  if (mask) return mix_vertical_masked(side1, side2, mask, s1, s2, units, mix);
-  for_each_run_of_tokens(side1, [&](int64_t begin, int64_t end, VectorRoom* room) {
-    mixing<C>().vertical(side1, side2, s1, s2, units, mix, begin, end, room);
+void run(const MixVertical<C>& p) {
+  mix<C>(p, mixing<C>().vertical, masked_mixing<C>().vertical);
+}
+template <class C>
+void run(const MixVerticalBackward<C>& p) {
+  mix<C>(p, mixing<C>().vertical_backward, masked_mixing<C>().vertical_backward);
+}
+template <class C>
+void run(const MixHorizontal<C>& p) {
+  mix<C>(p, mixing<C>().horizontal, masked_mixing<C>().horizontal);
+}
+template <class C>
+void run(const MixHorizontalBackward<C>& p) {
+  mix<C>(p, mixing<C>().horizontal_backward, masked_mixing<C>().horizontal_backward);
+}
+
+template <class C>
+void run(const ExpertWeights<C>& p) {
+  with_mask(p.routing, [&](ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace) {
+    masked_mixing<C>().weights(p, experts, tokens, workspace);
+  });
+}
+template <class C>
+void run(const ExpertWeightsBackward<C>& p) {
+  with_mask(p.routing, [&](ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace) {
+    masked_mixing<C>().weights_backward(p, experts, tokens, workspace);
   });
 }
 
 template <class C>
-void mix_vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2) {
-  if (mask)
-    return mix_vertical_masked_backward(side1, side2, mask, s1, s2, units, dmix, mix, ds1, ds2, dgates1, dgates2);
-  for_each_run_of_tokens(side1, [&](int64_t begin, int64_t end, VectorRoom* room) {
-    mixing<C>().vertical_backward(
-        side1, side2, s1, s2, units, dmix, mix, ds1, ds2, dgates1, dgates2, begin, end, room);
+void run(const GateTotals<C>& p) {
+  for_each_range(p.side.pairs.count, kTaskPairs, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) p.totals[pair] = total(p.side, pair);
   });
 }
 
 template <class C>
-void mix_horizontal(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y) {
-  if (mask) return mix_horizontal_masked(side1, side2, mask, s1, units, y);
-  for_each_run_of_tokens(side1, [&](int64_t begin, int64_t end, VectorRoom* room) {
-    mixing<C>().horizontal(side1, side2, s1, units, y, begin, end, room);
-  });
-}
-
-template <class C>
-void mix_horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, const C* dy, C* y,
-    C* ds1, C* dgates1, C* dgates2) {
-  if (mask) return mix_horizontal_masked_backward(side1, side2, mask, s1, units, dy, y, ds1, dgates1, dgates2);
-  for_each_run_of_tokens(side1, [&](int64_t begin, int64_t end, VectorRoom* room) {
-    mixing<C>().horizontal_backward(side1, side2, s1, units, dy, y, ds1, dgates1, dgates2, begin, end, room);
-  });
-}
-
-void experts_of_pairs(const Pairs& pairs, int32_t* expert) {
-  for_each_task(pairs.blocks(), [&](int64_t block) {
-    const int32_t* start = pairs.group_start + block * pairs.experts;
-    for (int64_t i = 0; i < pairs.experts; ++i)
-      std::fill(expert + start[i], expert + start[i + 1], static_cast<int32_t>(i));
-  });
-}
-
-template <class C>
-void gate_totals(const Side<C>& side, C* totals) {
-  for_each_task(ceil_div(side.pairs.count, 4096), [&](int64_t task) {
-    for (int64_t pair = task * 4096; pair < smaller(side.pairs.count, (task + 1) * 4096); ++pair) {
-      totals[pair] = 0;
-      for (int64_t h = 0; h < side.heads; ++h) totals[pair] += side.gates[pair * side.heads + h];
-    }
-  });
-}
-
-template <class C>
-void gate_totals_by_token(const Side<C>& side, C* totals, int32_t* expert) {
-  const Pairs& pairs = side.pairs;
+void run(const GateTotalsByToken<C>& p) {
+  const Pairs& pairs = p.side.pairs;
   std::vector<int32_t> expert_of_pair(pairs.count);
   experts_of_pairs(pairs, expert_of_pair.data());
   for (int64_t entry = 0; entry < pairs.count; ++entry) {
     const int64_t pair = pairs.row_pair[entry];
-    expert[entry] = expert_of_pair[pair];
-    totals[entry] = 0;
-    for (int64_t h = 0; h < side.heads; ++h) totals[entry] += side.gates[pair * side.heads + h];
+    p.expert[entry] = expert_of_pair[pair];
+    p.totals[entry] = total(p.side, pair);
   }
 }
 
 template <class C>
-void gate_totals_backward(const Side<C>& side, const C* dtotals, C* dgates) {
+void run(const GateTotalsBackward<C>& p) {
+  const int64_t heads = p.side.heads;
   // The only head of a pair is active: a weight that a mask left may be 0 by cancelling.
-  const bool all_active = side.heads == 1;
-  for_each_task(ceil_div(side.pairs.count, 4096), [&](int64_t task) {
-    for (int64_t pair = task * 4096; pair < smaller(side.pairs.count, (task + 1) * 4096); ++pair)
-      for (int64_t h = 0; h < side.heads; ++h) {
-        const int64_t at = pair * side.heads + h;
-        dgates[at] = all_active || side.gates[at] != 0 ? dtotals[pair] : C{0};
+  const bool all_active = heads == 1;
+  for_each_range(p.side.pairs.count, kTaskPairs, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = pair * heads + h;
+        p.dgates[at] = all_active || p.side.gates[at] != 0 ? p.dtotals[pair] : C{0};
       }
   });
 }
 
-#define INSTANTIATE(C)                                                                                           \
-  template void mix_vertical(                                                                                    \
-      const Side<C>&, const Side<C>&, const Mask<C>&, const C*, const C*, int64_t, const VerticalMix<C>&);       \
-  template void mix_vertical_backward(                                                                           \
-      const Side<C>&, const Side<C>&, const Mask<C>&, const C*, const C*, int64_t, const VerticalMix<const C>&,  \
-      const VerticalMix<C>&, C*, C*, C*, C*);                                                                    \
-  template void mix_horizontal(const Side<C>&, const Side<C>&, const Mask<C>&, const C*, int64_t, C*);           \
-  template void mix_horizontal_backward(                                                                         \
-      const Side<C>&, const Side<C>&, const Mask<C>&, const C*, int64_t, const C*, C*, C*, C*, C*);              \
-  template void gate_totals_by_token(const Side<C>&, C*, int32_t*);                                              \
-  template void gate_totals(const Side<C>&, C*);                                                                 \
-  template void gate_totals_backward(const Side<C>&, const C*, C*)
+#define INSTANTIATE(C)                               \
+  template void run(const MixVertical<C>&);           \
+  template void run(const MixVerticalBackward<C>&);   \
+  template void run(const MixHorizontal<C>&);         \
+  template void run(const MixHorizontalBackward<C>&); \
+  template void run(const ExpertWeights<C>&);         \
+  template void run(const ExpertWeightsBackward<C>&); \
+  template void run(const GateTotals<C>&);            \
+  template void run(const GateTotalsByToken<C>&);     \
+  template void run(const GateTotalsBackward<C>&)
 INSTANTIATE(float);
 INSTANTIATE(double);
 #undef INSTANTIATE

@@ -1,107 +1,93 @@
-// The parts that the mixing of experts.h is made of.
+// Mixing on the CPU: what happens to a token between the input and the output weights of its half-experts, and the
+// weights that a mask leaves of these. See ../experts.h.
 #pragma once
 
-#include <cstdint>
-
-#include "experts.h"
+#include "../experts.h"
 
 namespace monet::cpu {
 
-constexpr int64_t kTaskTokens = 64;
+template <class C>
+void run(const MixVertical<C>& p);
+template <class C>
+void run(const MixVerticalBackward<C>& p);
+template <class C>
+void run(const MixHorizontal<C>& p);
+template <class C>
+void run(const MixHorizontalBackward<C>& p);
 
-// ---- without a mask
+template <class C>
+void run(const ExpertWeights<C>& p);
+template <class C>
+void run(const ExpertWeightsBackward<C>& p);
 
-// Room for one vector of any instruction set.
-struct alignas(64) VectorRoom {
+template <class C>
+void run(const GateTotals<C>& p);
+template <class C>
+void run(const GateTotalsBackward<C>& p);
+
+// The totals in the order of row_pair, with the half-expert of each.
+template <class C>
+struct GateTotalsByToken {
+  Side<C> side;
+  C* totals;        // [pairs]
+  int32_t* expert;  // [pairs]
+};
+template <class C>
+void run(const GateTotalsByToken<C>& p);
+
+// ---- what is compiled for each instruction set
+
+struct TokenRange {
+  int64_t begin, end;
+};
+
+// Memory for one vector of any instruction set.
+struct alignas(64) WorkspaceVector {
   char bytes[64];
 };
-// Rooms that a call needs for each head.
-constexpr int64_t kRoomsPerHead = 4;
 
-// For tokens begin..end-1; one table for each instruction set.
+// Without a mask; one table per instruction set.
 template <class C>
 struct Mixing {
-  void (*vertical)(
-      const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix,
-      int64_t begin, int64_t end, VectorRoom* room);
-  void (*vertical_backward)(
-      const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
-      const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
-      int64_t begin, int64_t end, VectorRoom* room);
-  void (*horizontal)(
-      const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y, int64_t begin, int64_t end,
-      VectorRoom* room);
-  void (*horizontal_backward)(
-      const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
-      C* dgates2, int64_t begin, int64_t end, VectorRoom* room);
+  void (*vertical)(const MixVertical<C>& p, TokenRange tokens, WorkspaceVector* workspace);
+  void (*vertical_backward)(const MixVerticalBackward<C>& p, TokenRange tokens, WorkspaceVector* workspace);
+  void (*horizontal)(const MixHorizontal<C>& p, TokenRange tokens, WorkspaceVector* workspace);
+  void (*horizontal_backward)(const MixHorizontalBackward<C>& p, TokenRange tokens, WorkspaceVector* workspace);
 };
-
 template <class C>
 const Mixing<C>& mixing();
+// Vectors of workspace that a call needs for each head.
+constexpr int64_t kMixingVectorsPerHead = 4;
 
-// ---- with a mask
-
-// A side and the half-expert of each of its pairs.
-template <class C>
-struct MaskedSide : Side<C> {
-  const int32_t* expert;
+// The half-expert of each pair of both sides.
+struct ExpertsOfPairs {
+  const int32_t *side1, *side2;
 };
 
-// For tokens begin..end-1; one table for each instruction set.
+// With a mask; one table per instruction set.
 template <class C>
-struct Masking {
-  void (*vertical)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
-      int64_t units, const VerticalMix<C>& mix, int64_t begin, int64_t end, VectorRoom* room);
+struct MaskedMixing {
+  void (*vertical)(const MixVertical<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
   void (*vertical_backward)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, const C* s2,
-      int64_t units, const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1,
-      C* dgates2, int64_t begin, int64_t end, VectorRoom* room);
-  void (*horizontal)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y,
-      int64_t begin, int64_t end, VectorRoom* room);
+      const MixVerticalBackward<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
+  void (*horizontal)(const MixHorizontal<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
   void (*horizontal_backward)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* s1, int64_t units,
-      const C* dy, C* y, C* ds1, C* dgates1, C* dgates2, int64_t begin, int64_t end, VectorRoom* room);
-  void (*totals)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, C* totals1, C* totals2,
-      int64_t begin, int64_t end, VectorRoom* room);
-  void (*totals_backward)(
-      const MaskedSide<C>& side1, const MaskedSide<C>& side2, const Mask<C>& mask, const C* dtotals1,
-      const C* dtotals2, C* dgates1, C* dgates2, int64_t begin, int64_t end, VectorRoom* room);
+      const MixHorizontalBackward<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
+  void (*weights)(const ExpertWeights<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
+  void (*weights_backward)(
+      const ExpertWeightsBackward<C>& p, ExpertsOfPairs experts, TokenRange tokens, WorkspaceVector* workspace);
 };
-
 template <class C>
-const Masking<C>& masking();
+const MaskedMixing<C>& masked_mixing();
 
-// Rooms that a call needs, for a token that has every pair and every gate: of each side 4 rows of units (a vector at most)
-// and 2 numbers a pair, its gates (16 bytes at most) and a count a head.
+// Vectors of workspace that a call needs, for a token that has every pair and every gate: on each side 4 rows of
+// units (a vector at most) and 2 numbers per pair, its gates (16 bytes at most) and a count per head.
 template <class C>
-int64_t masking_rooms(const Side<C>& side) {
-  const int64_t pairs = side.pairs.experts, parts = 32;  // each part begins with a room of its own
-  const int64_t bytes = pairs * 2 * sizeof(C) + side.heads * ((pairs + 1) * 16 + sizeof(int64_t));
-  return 2 * (4 * pairs + bytes / sizeof(VectorRoom)) + parts;
+int64_t masked_mixing_vectors(const Routing<C>& routing) {
+  const int64_t pairs = routing.side1.pairs.experts, heads = routing.heads();
+  const int64_t allocations = 32;  // each begins with a vector of its own
+  const int64_t bytes = pairs * 2 * sizeof(C) + heads * ((pairs + 1) * 16 + sizeof(int64_t));
+  return 2 * (4 * pairs + bytes / sizeof(WorkspaceVector)) + allocations;
 }
-
-// The mixing of the same names.
-
-template <class C>
-void mix_vertical_masked(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<C>& mix);
-template <class C>
-void mix_vertical_masked_backward(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2);
-template <class C>
-void mix_horizontal_masked(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, C* y);
-template <class C>
-void mix_horizontal_masked_backward(
-    const Side<C>& side1, const Side<C>& side2, const Mask<C>& mask, const C* s1, int64_t units, const C* dy, C* y,
-    C* ds1, C* dgates1, C* dgates2);
-
-// The half-expert of each pair, [pairs].
-void experts_of_pairs(const Pairs& pairs, int32_t* expert);
 
 }  // namespace monet::cpu

@@ -1,4 +1,4 @@
-// The mixing of mixing.h for the instruction set this is compiled for. A vector holds units of one half-expert. All
+// Mixing without a mask, for the instruction set this is compiled for. A vector holds units of one half-expert. All
 // heads of a pair are taken, though most of its gates are 0: that is less work than to look for those that are not.
 
 #include "mixing.h"
@@ -49,10 +49,11 @@ inline V relu_squared_slope(V s) {
   return s < 0 ? 0 * s : 2 * s;
 }
 
-// Sums of one token by head: in registers where the number of heads is known to the compiler, else in the caller's room.
+// Sums of one token by head: in registers where the number of heads is known to the compiler, else in the
+// caller's workspace.
 template <class V, int known>
 struct ByHead {
-  explicit ByHead(VectorRoom*, int64_t) {}
+  explicit ByHead(WorkspaceVector*, int64_t) {}
   V& operator[](int64_t h) { return sums_[h]; }
   const V& operator[](int64_t h) const { return sums_[h]; }
 
@@ -61,12 +62,12 @@ struct ByHead {
 };
 template <class V>
 struct ByHead<V, 0> {
-  ByHead(VectorRoom* room, int64_t index) : sums_(room + index) {}
-  V& operator[](int64_t h) { return *reinterpret_cast<V*>(sums_ + kRoomsPerHead * h); }
-  const V& operator[](int64_t h) const { return *reinterpret_cast<const V*>(sums_ + kRoomsPerHead * h); }
+  ByHead(WorkspaceVector* workspace, int64_t index) : sums_(workspace + index) {}
+  V& operator[](int64_t h) { return *reinterpret_cast<V*>(sums_ + kMixingVectorsPerHead * h); }
+  const V& operator[](int64_t h) const { return *reinterpret_cast<const V*>(sums_ + kMixingVectorsPerHead * h); }
 
  private:
-  VectorRoom* sums_;
+  WorkspaceVector* sums_;
 };
 
 // The sides of a token for `count` of their units. known: the number of heads, or 0.
@@ -120,13 +121,11 @@ class Token {
 };
 
 template <class C, int count, int known>
-void mix_vertical(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix,
-    int64_t begin, int64_t end, VectorRoom* room) {
+void mix_vertical(const MixVertical<C> p, TokenRange tokens, WorkspaceVector* workspace) {
   using T = Token<C, count, known>;
-  typename T::Sums mixed_a(room, 0), mixed_c(room, 1);
-  for (int64_t t = begin; t < end; ++t) {
-    const T token(t, side1.heads, units);
+  typename T::Sums mixed_a(workspace, 0), mixed_c(workspace, 1);
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    const T token(t, p.routing.heads(), p.units);
     const auto own = [&](const Side<C>& side, const C* s, C* own, auto& mixed) {
       token.clear(mixed);
       token.for_each_pair(side, [&](int64_t at, int64_t gate) {
@@ -140,22 +139,20 @@ void mix_vertical(
         write<count>(cross + at, token.spread(side.gates + gate, mixed));
       });
     };
-    own(side1, s1, mix.own1, mixed_a);
-    own(side2, s2, mix.own2, mixed_c);
-    cross(side1, mixed_c, mix.cross1);
-    cross(side2, mixed_a, mix.cross2);
+    own(p.routing.side1, p.s1, p.mix.own1, mixed_a);
+    own(p.routing.side2, p.s2, p.mix.own2, mixed_c);
+    cross(p.routing.side1, mixed_c, p.mix.cross1);
+    cross(p.routing.side2, mixed_a, p.mix.cross2);
   }
 }
 
+// add: to the gates' gradients, which earlier units began.
 template <class C, int count, int known>
-void mix_vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
-    int64_t begin, int64_t end, bool add, VectorRoom* room) {
+void mix_vertical_backward(const MixVerticalBackward<C> p, TokenRange tokens, bool add, WorkspaceVector* workspace) {
   using T = Token<C, count, known>;
-  typename T::Sums mixed_a(room, 0), mixed_c(room, 1), dmixed_a(room, 2), dmixed_c(room, 3);
-  for (int64_t t = begin; t < end; ++t) {
-    const T token(t, side1.heads, units);
+  typename T::Sums mixed_a(workspace, 0), mixed_c(workspace, 1), dmixed_a(workspace, 2), dmixed_c(workspace, 3);
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    const T token(t, p.routing.heads(), p.units);
     const auto gather = [&](const Side<C>& side, const C* s, const C* dcross, auto& mixed, auto& dmixed_other) {
       token.clear(mixed);
       token.clear(dmixed_other);
@@ -180,54 +177,56 @@ void mix_vertical_backward(
         write<count>(ds + at, relu_squared_slope(input) * (token.spread(gates, dmixed) + total * down_own));
       });
     };
-    gather(side1, s1, dmix.cross1, mixed_a, dmixed_c);
-    gather(side2, s2, dmix.cross2, mixed_c, dmixed_a);
-    backward(side1, s1, dmix.own1, dmix.cross1, mixed_c, dmixed_a, mix.own1, mix.cross1, ds1, dgates1);
-    backward(side2, s2, dmix.own2, dmix.cross2, mixed_a, dmixed_c, mix.own2, mix.cross2, ds2, dgates2);
+    const Side<C>&side1 = p.routing.side1, &side2 = p.routing.side2;
+    gather(side1, p.s1, p.dmix.cross1, mixed_a, dmixed_c);
+    gather(side2, p.s2, p.dmix.cross2, mixed_c, dmixed_a);
+    backward(
+        side1, p.s1, p.dmix.own1, p.dmix.cross1, mixed_c, dmixed_a, p.mix.own1, p.mix.cross1, p.ds1, p.dgates1);
+    backward(
+        side2, p.s2, p.dmix.own2, p.dmix.cross2, mixed_a, dmixed_c, p.mix.own2, p.mix.cross2, p.ds2, p.dgates2);
   }
 }
 
 template <class C, int count, int known>
-void mix_horizontal(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y, int64_t begin, int64_t end,
-    VectorRoom* room) {
+void mix_horizontal(const MixHorizontal<C> p, TokenRange tokens, WorkspaceVector* workspace) {
   using T = Token<C, count, known>;
-  typename T::Sums mixed(room, 0);
-  for (int64_t t = begin; t < end; ++t) {
-    const T token(t, side1.heads, units);
+  typename T::Sums mixed(workspace, 0);
+  const Side<C>&side1 = p.routing.side1, &side2 = p.routing.side2;
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    const T token(t, p.routing.heads(), p.units);
     token.clear(mixed);
     token.for_each_pair(side1, [&](int64_t at, int64_t gate) {
-      token.gather(side1.gates + gate, relu_squared(read<count>(s1 + at)), mixed);
+      token.gather(side1.gates + gate, relu_squared(read<count>(p.s1 + at)), mixed);
     });
     token.for_each_pair(side2, [&](int64_t at, int64_t gate) {
-      write<count>(y + at, token.spread(side2.gates + gate, mixed));
+      write<count>(p.y + at, token.spread(side2.gates + gate, mixed));
     });
   }
 }
 
 template <class C, int count, int known>
 void mix_horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
-    C* dgates2, int64_t begin, int64_t end, bool add, VectorRoom* room) {
+    const MixHorizontalBackward<C> p, TokenRange tokens, bool add, WorkspaceVector* workspace) {
   using T = Token<C, count, known>;
-  typename T::Sums mixed(room, 0), dmixed(room, 1);
-  for (int64_t t = begin; t < end; ++t) {
-    const T token(t, side1.heads, units);
+  typename T::Sums mixed(workspace, 0), dmixed(workspace, 1);
+  const Side<C>&side1 = p.routing.side1, &side2 = p.routing.side2;
+  for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+    const T token(t, p.routing.heads(), p.units);
     token.clear(mixed);
     token.clear(dmixed);
     token.for_each_pair(side1, [&](int64_t at, int64_t gate) {
-      token.gather(side1.gates + gate, relu_squared(read<count>(s1 + at)), mixed);
+      token.gather(side1.gates + gate, relu_squared(read<count>(p.s1 + at)), mixed);
     });
     token.for_each_pair(side2, [&](int64_t at, int64_t gate) {
-      const auto down = read<count>(dy + at);
+      const auto down = read<count>(p.dy + at);
       token.gather(side2.gates + gate, down, dmixed);
-      token.add_products(down, mixed, add, dgates2 + gate);
-      write<count>(y + at, token.spread(side2.gates + gate, mixed));
+      token.add_products(down, mixed, add, p.dgates2 + gate);
+      write<count>(p.y + at, token.spread(side2.gates + gate, mixed));
     });
     token.for_each_pair(side1, [&](int64_t at, int64_t gate) {
-      const auto input = read<count>(s1 + at);
-      token.add_products(relu_squared(input), dmixed, add, dgates1 + gate);
-      write<count>(ds1 + at, relu_squared_slope(input) * token.spread(side1.gates + gate, dmixed));
+      const auto input = read<count>(p.s1 + at);
+      token.add_products(relu_squared(input), dmixed, add, p.dgates1 + gate);
+      write<count>(p.ds1 + at, relu_squared_slope(input) * token.spread(side1.gates + gate, dmixed));
     });
   }
 }
@@ -265,52 +264,65 @@ void with_heads(int64_t heads, const F& f) {
     f(Known<0>{});
 }
 
+// The same work on the units from u on.
+template <class C>
+VerticalMix<C> from_unit(const VerticalMix<C>& mix, int64_t u) {
+  return {mix.own1 + u, mix.cross1 + u, mix.own2 + u, mix.cross2 + u};
+}
+template <class C>
+MixVertical<C> from_unit(MixVertical<C> p, int64_t u) {
+  p.s1 += u, p.s2 += u, p.mix = from_unit(p.mix, u);
+  return p;
+}
+template <class C>
+MixVerticalBackward<C> from_unit(MixVerticalBackward<C> p, int64_t u) {
+  p.s1 += u, p.s2 += u, p.dmix = from_unit(p.dmix, u), p.mix = from_unit(p.mix, u), p.ds1 += u, p.ds2 += u;
+  return p;
+}
+template <class C>
+MixHorizontal<C> from_unit(MixHorizontal<C> p, int64_t u) {
+  p.s1 += u, p.y += u;
+  return p;
+}
+template <class C>
+MixHorizontalBackward<C> from_unit(MixHorizontalBackward<C> p, int64_t u) {
+  p.s1 += u, p.dy += u, p.y += u, p.ds1 += u;
+  return p;
+}
+
 // The published models have half as many heads as an expert has units: as many as a half-expert of the vertical form.
 template <class C>
-void vertical(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units, const VerticalMix<C>& mix,
-    int64_t begin, int64_t end, VectorRoom* room) {
-  for_each_piece<C>(units, [&](int64_t u, auto count) {
-    with_heads<count.value>(side1.heads, [&](auto heads) {
-      mix_vertical<C, count.value, heads.value>(
-          side1, side2, s1 + u, s2 + u, units, mix.from_unit(u), begin, end, room);
+void vertical(const MixVertical<C>& p, TokenRange tokens, WorkspaceVector* workspace) {
+  for_each_piece<C>(p.units, [&](int64_t u, auto count) {
+    with_heads<count.value>(p.routing.heads(), [&](auto heads) {
+      mix_vertical<C, count.value, heads.value>(from_unit(p, u), tokens, workspace);
     });
   });
 }
 
 template <class C>
-void vertical_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, const C* s2, int64_t units,
-    const VerticalMix<const C>& dmix, const VerticalMix<C>& mix, C* ds1, C* ds2, C* dgates1, C* dgates2,
-    int64_t begin, int64_t end, VectorRoom* room) {
-  for_each_piece<C>(units, [&](int64_t u, auto count) {
-    with_heads<count.value>(side1.heads, [&](auto heads) {
-      mix_vertical_backward<C, count.value, heads.value>(
-          side1, side2, s1 + u, s2 + u, units, dmix.from_unit(u), mix.from_unit(u), ds1 + u, ds2 + u, dgates1, dgates2,
-          begin, end, u > 0, room);
+void vertical_backward(const MixVerticalBackward<C>& p, TokenRange tokens, WorkspaceVector* workspace) {
+  for_each_piece<C>(p.units, [&](int64_t u, auto count) {
+    with_heads<count.value>(p.routing.heads(), [&](auto heads) {
+      mix_vertical_backward<C, count.value, heads.value>(from_unit(p, u), tokens, u > 0, workspace);
     });
   });
 }
 
 template <class C>
-void horizontal(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, C* y, int64_t begin, int64_t end,
-    VectorRoom* room) {
-  for_each_piece<C>(units, [&](int64_t u, auto count) {
-    with_heads<count.value / 2>(side1.heads, [&](auto heads) {
-      mix_horizontal<C, count.value, heads.value>(side1, side2, s1 + u, units, y + u, begin, end, room);
+void horizontal(const MixHorizontal<C>& p, TokenRange tokens, WorkspaceVector* workspace) {
+  for_each_piece<C>(p.units, [&](int64_t u, auto count) {
+    with_heads<count.value / 2>(p.routing.heads(), [&](auto heads) {
+      mix_horizontal<C, count.value, heads.value>(from_unit(p, u), tokens, workspace);
     });
   });
 }
 
 template <class C>
-void horizontal_backward(
-    const Side<C>& side1, const Side<C>& side2, const C* s1, int64_t units, const C* dy, C* y, C* ds1, C* dgates1,
-    C* dgates2, int64_t begin, int64_t end, VectorRoom* room) {
-  for_each_piece<C>(units, [&](int64_t u, auto count) {
-    with_heads<count.value / 2>(side1.heads, [&](auto heads) {
-      mix_horizontal_backward<C, count.value, heads.value>(
-          side1, side2, s1 + u, units, dy + u, y + u, ds1 + u, dgates1, dgates2, begin, end, u > 0, room);
+void horizontal_backward(const MixHorizontalBackward<C>& p, TokenRange tokens, WorkspaceVector* workspace) {
+  for_each_piece<C>(p.units, [&](int64_t u, auto count) {
+    with_heads<count.value / 2>(p.routing.heads(), [&](auto heads) {
+      mix_horizontal_backward<C, count.value, heads.value>(from_unit(p, u), tokens, u > 0, workspace);
     });
   });
 }

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../parallel.h"
+#include "tasks.h"
 
 namespace monet::cpu {
 namespace {
@@ -38,9 +38,9 @@ SparseRows<T>::SparseRows(const T* dense, int64_t rows, int64_t columns)
   };
   const int64_t tasks = ceil_div(rows, kTaskRows);
   std::vector<Found> found(tasks);
-  for_each_task(tasks, [&](int64_t task) {
-    Found& here = found[task];
-    for (int64_t r = task * kTaskRows; r < smaller(rows, (task + 1) * kTaskRows); ++r) {
+  for_each_range(rows, kTaskRows, [&](int64_t begin, int64_t end) {
+    Found& here = found[begin / kTaskRows];
+    for (int64_t r = begin; r < end; ++r) {
       const T* row = dense + r * columns;
       const size_t before = here.column.size();
       for_each_entry(row, columns, [&](int64_t k) {

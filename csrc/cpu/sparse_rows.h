@@ -1,5 +1,5 @@
-// A matrix most of whose entries are 0, by those that are not: by row, and by (block of rows, column) as the pairs of a
-// layout are, so that the products over pairs serve. T is float or double.
+// A matrix most of whose entries are 0, by those that are not: by row, and by (block of rows, column) as the pairs of
+// a layout are, so that the products over pairs serve. T is float or double.
 #pragma once
 
 #include <cstdint>

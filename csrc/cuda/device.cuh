@@ -1,5 +1,5 @@
-// What all kernels of this folder use. The sources are CUDA C++ without launch syntax, so that the tests can also compile
-// them as C++ against an emulation of a few runtime calls.
+// What all kernels of this folder use. The sources are CUDA C++ without launch syntax, so that the tests can also
+// compile them as C++ against an emulation of a few runtime calls.
 //
 // Every sum has a fixed order and there are no floating-point atomics: the same inputs give the same bits.
 #pragma once
@@ -11,9 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../numbers.h"
-#include "../pairs.h"
-#include "launch.h"
+#include "kernels.h"
 
 namespace monet::cuda {
 
@@ -46,7 +44,7 @@ void launch(Stream stream, const Grid& grid, void (*kernel)(Parameters...), Argu
       cudaGetLastError();  // is told here, and would be taken for the next call's
       throw std::runtime_error(
           "an expert kernel needs " + std::to_string(grid.shared) +
-          " bytes of shared memory a block, more than this GPU has: use fewer half-experts (model.moe_experts) or "
+          " bytes of shared memory per block, more than this GPU has: use fewer half-experts (model.moe_experts) or "
           "kernels=plain");
     }
     check(error);
@@ -97,14 +95,15 @@ __device__ T warp_largest(T value) {
 
 extern __shared__ __align__(16) unsigned char dynamic_shared[];
 
-// Hands out the block's dynamic shared memory from its beginning. Each part is padded, so that any type may follow.
+// Hands out the block's dynamic shared memory from its beginning. What it hands out is padded, so that any type may
+// follow.
 class SharedMemory {
  public:
   template <class T>
   __device__ T* take(int64_t count) {
-    T* part = reinterpret_cast<T*>(dynamic_shared + used_);
+    T* taken = reinterpret_cast<T*>(dynamic_shared + used_);
     used_ += bytes<T>(count);
-    return part;
+    return taken;
   }
   // What `take` uses up, for the launch.
   template <class T>
@@ -127,11 +126,12 @@ __device__ inline float widen(BFloat16 value) {
 __device__ inline float widen(float value) { return value; }
 __device__ inline double widen(double value) { return value; }
 
+// To the nearest, ties to even.
 __device__ inline void convert(float from, BFloat16& to) {
   uint32_t bits;
   memcpy(&bits, &from, sizeof bits);
   const bool nan = from != from;
-  to.bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to the nearest, ties to even
+  to.bits = static_cast<uint16_t>(nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 __device__ inline void convert(float from, float& to) { to = from; }
 __device__ inline void convert(double from, double& to) { to = from; }
@@ -154,8 +154,8 @@ __device__ inline int expert_of(const Pairs& pairs, int64_t token, int pair) {
   return low;
 }
 
-// Pairs and half-experts of one token, by ascending half-expert, listed in shared memory by the whole block. To be used
-// after a barrier.
+// Pairs and half-experts of one token, by ascending half-expert, listed in shared memory by the whole block. To be
+// used after a barrier.
 struct Row {
   __device__ Row(const Pairs& pairs, int64_t token, SharedMemory& memory) {
     const int32_t first = pairs.row_start[token];

@@ -1,8 +1,8 @@
-// What the mixing kernels share: one side of a token as a block of threads sees it, and where a mix comes from and goes to.
+// What the mixing kernels share: one side of a token as a block of threads sees it, and where a mix comes from and
+// goes to.
 #pragma once
 
 #include "device.cuh"
-#include "experts.h"
 
 namespace monet::cuda {
 namespace {
@@ -22,8 +22,8 @@ __device__ C relu_squared_slope(C s) {
 // One side of one token: its active pairs by number i, and their gates.
 template <class C>
 struct TokenSide {
-  __device__ TokenSide(const Side<C>& side, int64_t token, int units, SharedMemory& memory)
-      : token(token), experts(side.pairs.experts), units(units), heads(static_cast<int>(side.heads)),
+  __device__ TokenSide(const Side<C>& side, int64_t token, int64_t units, SharedMemory& memory)
+      : token(token), experts(side.pairs.experts), units(static_cast<int>(units)), heads(static_cast<int>(side.heads)),
         row(side.pairs, token, memory), gates(side.gates) {}
 
   // Where a gate is in [pairs, heads].
@@ -34,16 +34,16 @@ struct TokenSide {
     for (int h = 0; h < heads; ++h) sum += gate(i, h);
     return sum;
   }
-  // Where unit u of pair i is in [pairs, units], in [experts, units], and in a part of a dense matrix.
+  // Where unit u of pair i is in [pairs, units], in [experts, units], and in an operand of a dense matrix.
   __device__ int64_t by_pair(int i, int u) const { return static_cast<int64_t>(row.pair[i]) * units + u; }
   __device__ int64_t by_expert(int i, int u) const { return static_cast<int64_t>(row.expert[i]) * units + u; }
   template <class S>
-  __device__ S& in(const Dense<S>& dense, int part, int i, int u) const {
-    return dense.data[(token * dense.parts + part) * experts * units + by_expert(i, u)];
+  __device__ S& in(const Dense<S>& dense, int operand, int i, int u) const {
+    return dense.data[(token * dense.operands + operand) * experts * units + by_expert(i, u)];
   }
   template <class S>
   __device__ void clear_row(const Dense<S>& dense) const {
-    const int64_t count = dense.parts * experts * units;
+    const int64_t count = dense.operands * experts * units;
     clear(dense.data + token * count, count);
   }
 
@@ -80,49 +80,75 @@ struct TokenSide {
   const C* gates;
 };
 
-// Shared memory of a kernel: both sides of a token, and `tables` sums by head.
+// A block per token, with shared memory for both sides of it and `tables` sums by head.
 template <class C>
-size_t shared_bytes(const Side<C>& side1, const Side<C>& side2, int64_t units, int tables) {
-  return Row::bytes(side1.pairs) + Row::bytes(side2.pairs) + tables * SharedMemory::bytes<C>(side1.heads * units);
-}
-template <class C>
-Grid token_blocks(const Side<C>& side1, const Side<C>& side2, int64_t units, int tables) {
-  return {.blocks = side1.pairs.tokens, .threads = kThreads, .shared = shared_bytes(side1, side2, units, tables)};
+Grid token_blocks(const Routing<C>& routing, int64_t units, int tables) {
+  const size_t rows = Row::bytes(routing.side1.pairs) + Row::bytes(routing.side2.pairs);
+  return {
+      .blocks = routing.tokens(), .threads = kThreads,
+      .shared = rows + tables * SharedMemory::bytes<C>(routing.heads() * units)};
 }
 
-// ---- where a mix comes from and goes to
+// ---- where a mix comes from: pre-activations s by pair
 
-// Pre-activations from a dense product; they are kept by pair.
+// From a dense product; they are kept by pair.
+template <class S>
+struct FromProduct {
+  Product<S> product;
+  Accumulator<S>* s;
+};
 template <class S, class C>
-__device__ void complete(const TokenSide<C>& side, const Product<S>& product, C* s) {
-  const Dense<const S> dense{product.data, 1};
+__device__ void complete(const TokenSide<C>& side, const FromProduct<S>& in) {
+  const Dense<const S> dense{in.product.data, 1};
   side.for_each_unit([&](int i, int u) {
-    s[side.by_pair(i, u)] = widen(side.in(dense, 0, i, u)) + widen(product.bias[side.by_expert(i, u)]);
+    in.s[side.by_pair(i, u)] = widen(side.in(dense, 0, i, u)) + widen(in.product.bias[side.by_expert(i, u)]);
   });
 }
-// Nothing to do: they are complete.
-struct Complete {};
+// They are there.
 template <class C>
-__device__ void complete(const TokenSide<C>&, const Complete&, C*) {}
+struct FromPairs {
+  const C* s;
+};
+template <class C>
+__device__ void complete(const TokenSide<C>&, const FromPairs<C>&) {}
+
+// ---- where it goes to: operands of a dense product, or by pair
 
 template <class S, class C>
 __device__ void begin(const TokenSide<C>& side, const Dense<S>& mix) {
   side.clear_row(mix);
 }
 template <class S, class C>
-__device__ void put(const TokenSide<C>& side, const Dense<S>& mix, int part, int i, int u, C value) {
-  convert(value, side.in(mix, part, i, u));
+__device__ void put(const TokenSide<C>& side, const Dense<S>& mix, int operand, int i, int u, C value) {
+  convert(value, side.in(mix, operand, i, u));
 }
 template <class C>
 struct ByPair {
-  C* parts[2];
+  C* operands[2];
 };
 template <class C>
 __device__ void begin(const TokenSide<C>&, const ByPair<C>&) {}
 template <class C>
-__device__ void put(const TokenSide<C>& side, const ByPair<C>& mix, int part, int i, int u, C value) {
-  mix.parts[part][side.by_pair(i, u)] = value;
+__device__ void put(const TokenSide<C>& side, const ByPair<C>& mix, int operand, int i, int u, C value) {
+  mix.operands[operand][side.by_pair(i, u)] = value;
 }
+
+// ---- what the kernels of a mix take, wherever it comes from and goes to
+
+template <class C, class In, class Out>
+struct VerticalParameters {
+  Routing<C> routing;
+  int64_t units;
+  In in1, in2;
+  Out mix1, mix2;
+};
+template <class C, class In, class Out>
+struct HorizontalParameters {
+  Routing<C> routing;
+  int64_t units;
+  In in1;
+  Out y;
+};
 
 }  // namespace
 }  // namespace monet::cuda

@@ -124,6 +124,18 @@ def test_sums_over_tokens(routed: Case, dtype: torch.dtype, method: str, backend
     torch.testing.assert_close(z.grad.double().cpu(), reference_z.grad, rtol=0, atol=4 * TOLERANCE[dtype])
 
 
+def test_layout(backend: Backend) -> None:
+    """Pairs by (block, half-expert, token): the drawing in csrc/README.md."""
+    active = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0]], device=backend.device)
+    gates = Kernels("native").route(active[:, None].float(), torch.ones(1, device=backend.device))
+    assert [index.tolist() for index in gates.layout.tensors()] == [
+        [0, 2, 1, 0, 2, 1],
+        [0, 2, 3, 5, 6],
+        [0, 2, 4, 6],
+        [0, 3, 2, 5, 1, 4],
+    ]
+
+
 def test_active_pairs(routed: Case, backend: Backend) -> None:
     there = routed.to(backend.device)
     gates = Kernels("native").route(there.z.float(), there.threshold.float())

@@ -23,8 +23,8 @@ struct Factors {
   }
 };
 
-// f(j, factor, w) for the active experts that half-expert i makes up in one head with half-experts j of the other side,
-// w = factor gate gate. Without those whose w is 0: an expert that is off has no say, whatever it computes.
+// f(j, factor, w) for the active experts that half-expert i makes up in one head with half-experts j of the other
+// side, w = factor gate gate. Without those whose w is 0: an expert that is off has no say, whatever it computes.
 template <class C, class F>
 __device__ void for_each_expert(
     const TokenSide<C>& side, int i, int h, const TokenSide<C>& other, const Factors<C>& factors, const F& f) {
@@ -50,25 +50,25 @@ __device__ void masked_gate_gradients(
     const TokenSide<C>& side, const TokenSide<C>& other, const Factors<C>& factors, const F& dw, C* dgates) {
   side.for_each_gate([&](int i, int h) {
     C sum = 0;
-    for_each_expert(side, i, h, other, factors, [&](int j, C factor, C) { sum += factor * other.gate(j, h) * dw(i, j); });
+    for_each_expert(
+        side, i, h, other, factors, [&](int j, C factor, C) { sum += factor * other.gate(j, h) * dw(i, j); });
     dgates[side.by_head(i, h)] = sum;
   });
 }
 
 template <class C, class In, class Out>
-__global__ void vertical_masked(
-    Side<C> side1, Side<C> side2, Mask<C> mask, int units, In in1, In in2, C* s1, C* s2, Out mix1, Out mix2) {
+__global__ void vertical_masked(const VerticalParameters<C, In, Out> p) {
   SharedMemory memory;
   const int64_t token = blockIdx.x;
-  const TokenSide<C> one(side1, token, units, memory), two(side2, token, units, memory);
-  begin(one, mix1);
-  begin(two, mix2);
+  const TokenSide<C> one(p.routing.side1, token, p.units, memory), two(p.routing.side2, token, p.units, memory);
+  begin(one, p.mix1);
+  begin(two, p.mix2);
   __syncthreads();
-  complete(one, in1, s1);
-  complete(two, in2, s2);
+  complete(one, p.in1);
+  complete(two, p.in2);
   __syncthreads();
-  const auto a = [&](int i, int u) { return relu_squared(s1[one.by_pair(i, u)]); };
-  const auto c = [&](int j, int u) { return relu_squared(s2[two.by_pair(j, u)]); };
+  const auto a = [&](int i, int u) { return relu_squared(p.in1.s[one.by_pair(i, u)]); };
+  const auto c = [&](int j, int u) { return relu_squared(p.in2.s[two.by_pair(j, u)]); };
   const auto mix = [](const auto& side, const auto& other, const Factors<C>& factors, const auto& activation,
                       const auto& activation_of_other, const Out& out) {
     side.for_each_unit([&](int i, int u) {
@@ -81,23 +81,23 @@ __global__ void vertical_masked(
       put(side, out, 1, i, u, cross);
     });
   };
-  mix(one, two, Factors<C>::of_side1(mask, one.experts), a, c, mix1);
-  mix(two, one, Factors<C>::of_side2(mask, one.experts), c, a, mix2);
+  mix(one, two, Factors<C>::of_side1(p.routing.mask, one.experts), a, c, p.mix1);
+  mix(two, one, Factors<C>::of_side2(p.routing.mask, one.experts), c, a, p.mix2);
 }
 
-template <class S, class C>
-__global__ void vertical_masked_backward(
-    Side<C> side1, Side<C> side2, Mask<C> mask, int units, VerticalBackward<S> t) {
+template <class S>
+__global__ void vertical_masked_backward(const DenseMixVerticalBackward<S> p) {
+  using C = Accumulator<S>;
   SharedMemory memory;
   const int64_t token = blockIdx.x;
-  const TokenSide<C> one(side1, token, units, memory), two(side2, token, units, memory);
-  one.clear_row(t.mix1);
-  two.clear_row(t.mix2);
-  one.clear_row(t.ds);
+  const TokenSide<C> one(p.routing.side1, token, p.units, memory), two(p.routing.side2, token, p.units, memory);
+  one.clear_row(p.mix1);
+  two.clear_row(p.mix2);
+  one.clear_row(p.ds);
   __syncthreads();
-  const auto a = [&](int i, int u) { return relu_squared(t.s1[one.by_pair(i, u)]); };
-  const auto c = [&](int j, int u) { return relu_squared(t.s2[two.by_pair(j, u)]); };
-  const auto backward = [&](const auto& side, const auto& other, const Factors<C>& factors, int part, const C* s,
+  const auto a = [&](int i, int u) { return relu_squared(p.s1[one.by_pair(i, u)]); };
+  const auto c = [&](int j, int u) { return relu_squared(p.s2[two.by_pair(j, u)]); };
+  const auto backward = [&](const auto& side, const auto& other, const Factors<C>& factors, int operand, const C* s,
                             const auto& activation, const auto& activation_of_other, const Dense<const S>& dmix,
                             const Dense<const S>& dmix_of_other, const Dense<S>& mix, C* ds, C* dgates) {
     const auto down = [&](int i, int u) { return widen(side.in(dmix, 0, i, u)); };
@@ -114,100 +114,103 @@ __global__ void vertical_masked_backward(
       const C gradient = relu_squared_slope(s[side.by_pair(i, u)]) * (da + total * down(i, u));
       put(side, mix, 0, i, u, total * activation(i, u));
       put(side, mix, 1, i, u, cross);
-      put(side, t.ds, part, i, u, gradient);
+      put(side, p.ds, operand, i, u, gradient);
       ds[side.by_pair(i, u)] = gradient;
     });
     const auto dw = [&](int i, int j) {
       C sum = 0;
-      for (int u = 0; u < units; ++u)
+      for (int u = 0; u < one.units; ++u)
         sum += (down(i, u) + dcross_of_other(j, u)) * activation(i, u) +
                (down_of_other(j, u) + dcross(i, u)) * activation_of_other(j, u);
       return sum;
     };
     masked_gate_gradients(side, other, factors, dw, dgates);
   };
-  const auto factors1 = Factors<C>::of_side1(mask, one.experts), factors2 = Factors<C>::of_side2(mask, one.experts);
-  backward(one, two, factors1, 0, t.s1, a, c, t.dmix1, t.dmix2, t.mix1, t.ds1, t.dgates1);
-  backward(two, one, factors2, 1, t.s2, c, a, t.dmix2, t.dmix1, t.mix2, t.ds2, t.dgates2);
+  const auto factors1 = Factors<C>::of_side1(p.routing.mask, one.experts);
+  const auto factors2 = Factors<C>::of_side2(p.routing.mask, one.experts);
+  backward(one, two, factors1, 0, p.s1, a, c, p.dmix1, p.dmix2, p.mix1, p.ds1, p.dgates1);
+  backward(two, one, factors2, 1, p.s2, c, a, p.dmix2, p.dmix1, p.mix2, p.ds2, p.dgates2);
 }
 
 template <class C, class In, class Out>
-__global__ void horizontal_masked(Side<C> side1, Side<C> side2, Mask<C> mask, int units, In in1, C* s1, Out y) {
+__global__ void horizontal_masked(const HorizontalParameters<C, In, Out> p) {
   SharedMemory memory;
   const int64_t token = blockIdx.x;
-  const TokenSide<C> one(side1, token, units, memory), two(side2, token, units, memory);
-  begin(two, y);
+  const TokenSide<C> one(p.routing.side1, token, p.units, memory), two(p.routing.side2, token, p.units, memory);
+  begin(two, p.y);
   __syncthreads();
-  complete(one, in1, s1);
+  complete(one, p.in1);
   __syncthreads();
-  const auto factors = Factors<C>::of_side2(mask, one.experts);
+  const auto factors = Factors<C>::of_side2(p.routing.mask, one.experts);
   two.for_each_unit([&](int j, int u) {
     C sum = 0;
     for_each_expert(
-        two, j, one, factors, [&](int i, C, C w) { sum += w * relu_squared(s1[one.by_pair(i, u)]); });
-    put(two, y, 0, j, u, sum);
+        two, j, one, factors, [&](int i, C, C w) { sum += w * relu_squared(p.in1.s[one.by_pair(i, u)]); });
+    put(two, p.y, 0, j, u, sum);
   });
 }
 
-template <class S, class C>
-__global__ void horizontal_masked_backward(
-    Side<C> side1, Side<C> side2, Mask<C> mask, int units, HorizontalBackward<S> t) {
+template <class S>
+__global__ void horizontal_masked_backward(const DenseMixHorizontalBackward<S> p) {
+  using C = Accumulator<S>;
   SharedMemory memory;
   const int64_t token = blockIdx.x;
-  const TokenSide<C> one(side1, token, units, memory), two(side2, token, units, memory);
-  two.clear_row(t.y);
-  one.clear_row(t.ds);
+  const TokenSide<C> one(p.routing.side1, token, p.units, memory), two(p.routing.side2, token, p.units, memory);
+  two.clear_row(p.y);
+  one.clear_row(p.ds);
   __syncthreads();
-  const auto a = [&](int i, int u) { return relu_squared(t.s1[one.by_pair(i, u)]); };
-  const auto dy = [&](int j, int u) { return widen(two.in(t.dy, 0, j, u)); };
-  const auto factors1 = Factors<C>::of_side1(mask, one.experts), factors2 = Factors<C>::of_side2(mask, one.experts);
+  const auto a = [&](int i, int u) { return relu_squared(p.s1[one.by_pair(i, u)]); };
+  const auto dy = [&](int j, int u) { return widen(two.in(p.dy, 0, j, u)); };
+  const auto factors1 = Factors<C>::of_side1(p.routing.mask, one.experts);
+  const auto factors2 = Factors<C>::of_side2(p.routing.mask, one.experts);
   one.for_each_unit([&](int i, int u) {
     C da = 0;
     for_each_expert(one, i, two, factors1, [&](int j, C, C w) { da += w * dy(j, u); });
-    const C gradient = relu_squared_slope(t.s1[one.by_pair(i, u)]) * da;
-    put(one, t.ds, 0, i, u, gradient);
-    t.ds1[one.by_pair(i, u)] = gradient;
+    const C gradient = relu_squared_slope(p.s1[one.by_pair(i, u)]) * da;
+    put(one, p.ds, 0, i, u, gradient);
+    p.ds1[one.by_pair(i, u)] = gradient;
   });
   two.for_each_unit([&](int j, int u) {
     C sum = 0;
     for_each_expert(two, j, one, factors2, [&](int i, C, C w) { sum += w * a(i, u); });
-    put(two, t.y, 0, j, u, sum);
+    put(two, p.y, 0, j, u, sum);
   });
   const auto dw = [&](int i, int j) {
     C sum = 0;
-    for (int u = 0; u < units; ++u) sum += a(i, u) * dy(j, u);
+    for (int u = 0; u < one.units; ++u) sum += a(i, u) * dy(j, u);
     return sum;
   };
-  masked_gate_gradients(one, two, factors1, dw, t.dgates1);
-  masked_gate_gradients(two, one, factors2, [&](int j, int i) { return dw(i, j); }, t.dgates2);
+  masked_gate_gradients(one, two, factors1, dw, p.dgates1);
+  masked_gate_gradients(two, one, factors2, [&](int j, int i) { return dw(i, j); }, p.dgates2);
 }
 
 template <class C>
-__global__ void totals_masked(Side<C> side1, Side<C> side2, Mask<C> mask, C* totals1, C* totals2) {
+__global__ void weights_masked(const ExpertWeights<C> p) {
   SharedMemory memory;
-  const TokenSide<C> one(side1, blockIdx.x, 1, memory), two(side2, blockIdx.x, 1, memory);
+  const int64_t token = blockIdx.x;
+  const TokenSide<C> one(p.routing.side1, token, 1, memory), two(p.routing.side2, token, 1, memory);
   __syncthreads();
-  const auto sum_up = [](const auto& side, const auto& other, const Factors<C>& factors, C* totals) {
+  const auto sum_up = [](const auto& side, const auto& other, const Factors<C>& factors, C* weights) {
     side.for_each_unit([&](int i, int) {
       C sum = 0;
       for_each_expert(side, i, other, factors, [&](int, C, C w) { sum += w; });
-      totals[side.row.pair[i]] = sum;
+      weights[side.row.pair[i]] = sum;
     });
   };
-  sum_up(one, two, Factors<C>::of_side1(mask, one.experts), totals1);
-  sum_up(two, one, Factors<C>::of_side2(mask, one.experts), totals2);
+  sum_up(one, two, Factors<C>::of_side1(p.routing.mask, one.experts), p.weights1);
+  sum_up(two, one, Factors<C>::of_side2(p.routing.mask, one.experts), p.weights2);
 }
 
 template <class C>
-__global__ void totals_masked_backward(
-    Side<C> side1, Side<C> side2, Mask<C> mask, const C* dtotals1, const C* dtotals2, C* dgates1, C* dgates2) {
+__global__ void weights_masked_backward(const ExpertWeightsBackward<C> p) {
   SharedMemory memory;
-  const TokenSide<C> one(side1, blockIdx.x, 1, memory), two(side2, blockIdx.x, 1, memory);
+  const int64_t token = blockIdx.x;
+  const TokenSide<C> one(p.routing.side1, token, 1, memory), two(p.routing.side2, token, 1, memory);
   __syncthreads();
-  const auto dw = [&](int i, int j) { return dtotals1[one.row.pair[i]] + dtotals2[two.row.pair[j]]; };
-  masked_gate_gradients(one, two, Factors<C>::of_side1(mask, one.experts), dw, dgates1);
+  const auto dw = [&](int i, int j) { return p.dweights1[one.row.pair[i]] + p.dweights2[two.row.pair[j]]; };
+  masked_gate_gradients(one, two, Factors<C>::of_side1(p.routing.mask, one.experts), dw, p.dgates1);
   masked_gate_gradients(
-      two, one, Factors<C>::of_side2(mask, one.experts), [&](int j, int i) { return dw(i, j); }, dgates2);
+      two, one, Factors<C>::of_side2(p.routing.mask, one.experts), [&](int j, int i) { return dw(i, j); }, p.dgates2);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// The products of products.h for the instruction set this is compiled for. See kernels.inl.
+// The tiles of tiles.h for the instruction set this is compiled for. See kernels.inl.
 
-#include "../parallel.h"
-#include "products.h"
+#include "tasks.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace monet::cpu {
@@ -71,13 +71,13 @@ void dot_tile(Rows<const S> x, const int32_t* token, Rows<const S> w, int64_t co
   const S* row[pairs];
   for (int p = 0; p < pairs; ++p) row[p] = x.row(token[p]);
   Values<C> sum[pairs * units] = {};
-  const auto step = [&](int64_t k, const auto& part) {
+  const auto step = [&](int64_t k, const auto& access) {
     Values<C> weight[units];
 #pragma GCC unroll 16
-    for (int u = 0; u < units; ++u) weight[u] = part.read(w.row(u) + k);
+    for (int u = 0; u < units; ++u) weight[u] = access.read(w.row(u) + k);
 #pragma GCC unroll 16
     for (int p = 0; p < pairs; ++p) {
-      const Values<C> value = part.read(row[p] + k);
+      const Values<C> value = access.read(row[p] + k);
 #pragma GCC unroll 16
       for (int u = 0; u < units; ++u) sum[p * units + u] += value * weight[u];
     }
@@ -92,82 +92,79 @@ void dot_tile(Rows<const S> x, const int32_t* token, Rows<const S> w, int64_t co
 }
 
 template <class S>
-void dot(
-    Rows<const S> x, const int32_t* token, int64_t pairs, Rows<const S> w, int64_t units, int64_t columns,
-    Rows<Accumulator<S>> out) {
-  for_each_tile<DOT_UNITS>(units, [&](int64_t u, auto tile_units) {
-    for_each_tile<DOT_PAIRS>(pairs, [&](int64_t p, auto tile_pairs) {
-      dot_tile<S, tile_pairs.value, tile_units.value>(
-          x, token + p, {w.row(u), w.stride}, columns, {out.row(p) + u, out.stride});
+void dot(const Dot<S>& p) {
+  for_each_tile<DOT_UNITS>(p.units, [&](int64_t u, auto units) {
+    for_each_tile<DOT_PAIRS>(p.pairs, [&](int64_t pair, auto pairs) {
+      dot_tile<S, pairs.value, units.value>(
+          p.x, p.token + pair, {p.w.row(u), p.w.stride}, p.columns, {p.out.row(pair) + u, p.out.stride});
     });
   });
 }
 
-template <class S, int pairs, int vectors, class Part>
+template <class S, int pairs, int vectors, class Access>
 void scatter_tile(
-    const ScatterPart<S>* parts, int64_t part_count, int64_t first_pair, int64_t column, const int32_t* token,
-    int32_t first_token, int64_t units, Rows<Accumulator<S>> out, const Part& part) {
+    const typename Scatter<S>::Term* terms, int term_count, int64_t first_pair, int64_t column, const int32_t* token,
+    int32_t first_token, int64_t units, Rows<Accumulator<S>> out, const Access& access) {
   using C = Accumulator<S>;
   C* row[pairs];
-  for (int p = 0; p < pairs; ++p) row[p] = out.row(token[first_pair + p] - first_token) + column;
+  for (int i = 0; i < pairs; ++i) row[i] = out.row(token[first_pair + i] - first_token) + column;
   Values<C> sum[pairs][vectors];
 #pragma GCC unroll 16
-  for (int p = 0; p < pairs; ++p)
+  for (int i = 0; i < pairs; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[p][v] = part.read(row[p] + v * lanes<C>);
-  for (int64_t i = 0; i < part_count; ++i) {
-    const C* y = parts[i].y.row(first_pair);
-    const S* w = parts[i].w.data + column;
-    for (int64_t u = 0; u < units; ++u, w += parts[i].w.stride) {
+    for (int v = 0; v < vectors; ++v) sum[i][v] = access.read(row[i] + v * lanes<C>);
+  for (int term = 0; term < term_count; ++term) {
+    const Rows<const C> y{terms[term].y.row(first_pair), terms[term].y.stride};
+    const S* w = terms[term].w.data + column;
+    for (int64_t u = 0; u < units; ++u, w += terms[term].w.stride) {
       Values<C> weight[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) weight[v] = part.read(w + v * lanes<C>);
+      for (int v = 0; v < vectors; ++v) weight[v] = access.read(w + v * lanes<C>);
 #pragma GCC unroll 16
-      for (int p = 0; p < pairs; ++p) {
-        const C factor = y[p * parts[i].y.stride + u];
+      for (int i = 0; i < pairs; ++i) {
+        const C factor = y.data[i * y.stride + u];
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) sum[p][v] += weight[v] * factor;
+        for (int v = 0; v < vectors; ++v) sum[i][v] += weight[v] * factor;
       }
     }
   }
 #pragma GCC unroll 16
-  for (int p = 0; p < pairs; ++p)
+  for (int i = 0; i < pairs; ++i)
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) part.write(row[p] + v * lanes<C>, sum[p][v]);
+    for (int v = 0; v < vectors; ++v) access.write(row[i] + v * lanes<C>, sum[i][v]);
 }
 
 template <class S>
-void scatter(
-    const ScatterPart<S>* parts, int64_t part_count, const int32_t* token, int32_t first_token, int64_t pairs,
-    int64_t units, int64_t columns, Rows<Accumulator<S>> out) {
-  for_each_column_tile<Accumulator<S>, SCATTER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
-    for_each_tile<SCATTER_PAIRS>(pairs, [&](int64_t p, auto tile_pairs) {
-      for (int64_t next = p + tile_pairs.value; next < smaller(pairs, p + 2 * tile_pairs.value); ++next)
+void scatter(const Scatter<S>& given) {
+  const Scatter<S> p = given;  // a copy: what is written to `out` might be taken for a part of `given`
+  for_each_column_tile<Accumulator<S>, SCATTER_VECTORS>(p.columns, [&](int64_t k, auto vectors, const auto& access) {
+    for_each_tile<SCATTER_PAIRS>(p.pairs, [&](int64_t pair, auto pairs) {
+      for (int64_t next = pair + pairs.value; next < smaller(p.pairs, pair + 2 * pairs.value); ++next)
         for (int v = 0; v < vectors.value; ++v)
-          __builtin_prefetch(out.row(token[next] - first_token) + k + v * lanes<Accumulator<S>>, 1);
-      scatter_tile<S, tile_pairs.value, vectors.value>(
-          parts, part_count, p, k, token, first_token, units, out, part);
+          __builtin_prefetch(p.out.row(p.token[next] - p.first_token) + k + v * lanes<Accumulator<S>>, 1);
+      scatter_tile<S, pairs.value, vectors.value>(
+          p.terms, p.term_count, pair, k, p.token, p.first_token, p.units, p.out, access);
     });
   });
 }
 
-template <class S, int units, int vectors, class Part>
+template <class S, int units, int vectors, class Access>
 void outer_tile(
     Rows<const Accumulator<S>> y, Rows<const S> x, const int32_t* token, int64_t pairs, Rows<Accumulator<S>> out,
-    const Part& part) {
+    const Access& access) {
   using C = Accumulator<S>;
   Values<C> sum[units][vectors];
 #pragma GCC unroll 16
   for (int u = 0; u < units; ++u)
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[u][v] = part.read(out.row(u) + v * lanes<C>);
+    for (int v = 0; v < vectors; ++v) sum[u][v] = access.read(out.row(u) + v * lanes<C>);
   for (int64_t p = 0; p < pairs; ++p) {
     const S* row = x.row(token[p]);
     const S* ahead = x.row(token[p + kAhead < pairs ? p + kAhead : p]);
     for (int v = 0; v < vectors; ++v) __builtin_prefetch(ahead + v * lanes<C>);
     Values<C> value[vectors];
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) value[v] = part.read(row + v * lanes<C>);
+    for (int v = 0; v < vectors; ++v) value[v] = access.read(row + v * lanes<C>);
 #pragma GCC unroll 16
     for (int u = 0; u < units; ++u) {
       const C factor = y.row(p)[u];
@@ -178,42 +175,38 @@ void outer_tile(
 #pragma GCC unroll 16
   for (int u = 0; u < units; ++u)
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) part.write(out.row(u) + v * lanes<C>, sum[u][v]);
+    for (int v = 0; v < vectors; ++v) access.write(out.row(u) + v * lanes<C>, sum[u][v]);
 }
 
 template <class S>
-void outer(
-    Rows<const Accumulator<S>> y, Rows<const S> x, const int32_t* token, int64_t pairs, int64_t units,
-    int64_t columns, Rows<Accumulator<S>> out) {
-  for_each_column_tile<Accumulator<S>, OUTER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
-    for_each_tile<OUTER_UNITS>(units, [&](int64_t u, auto tile_units) {
-      outer_tile<S, tile_units.value, vectors.value>(
-          y.from_column(u), x.from_column(k), token, pairs, {out.row(u) + k, out.stride}, part);
+void outer(const Outer<S>& p) {
+  for_each_column_tile<Accumulator<S>, OUTER_VECTORS>(p.columns, [&](int64_t k, auto vectors, const auto& access) {
+    for_each_tile<OUTER_UNITS>(p.units, [&](int64_t u, auto units) {
+      outer_tile<S, units.value, vectors.value>(
+          p.y.from_column(u), p.x.from_column(k), p.token, p.pairs, {p.out.row(u) + k, p.out.stride}, access);
     });
   });
 }
 
-template <class S, int vectors, class Part>
+template <class S, int vectors, class Access>
 void gather_tile(
     const Accumulator<S>* y, const int32_t* row, int64_t entries, Rows<const S> w, Accumulator<S>* out,
-    const Part& part) {
+    const Access& access) {
   using C = Accumulator<S>;
   Values<C> sum[vectors] = {};
   for (int64_t e = 0; e < entries; ++e) {
     const S* weight = w.row(row[e]);
 #pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) sum[v] += part.read(weight + v * lanes<C>) * y[e];
+    for (int v = 0; v < vectors; ++v) sum[v] += access.read(weight + v * lanes<C>) * y[e];
   }
 #pragma GCC unroll 16
-  for (int v = 0; v < vectors; ++v) part.write(out + v * lanes<C>, sum[v]);
+  for (int v = 0; v < vectors; ++v) access.write(out + v * lanes<C>, sum[v]);
 }
 
 template <class S>
-void gather(
-    const Accumulator<S>* y, const int32_t* row, int64_t entries, Rows<const S> w, int64_t columns,
-    Accumulator<S>* out) {
-  for_each_column_tile<Accumulator<S>, GATHER_VECTORS>(columns, [&](int64_t k, auto vectors, const auto& part) {
-    gather_tile<S, vectors.value>(y, row, entries, w.from_column(k), out + k, part);
+void gather(const Gather<S>& p) {
+  for_each_column_tile<Accumulator<S>, GATHER_VECTORS>(p.columns, [&](int64_t k, auto vectors, const auto& access) {
+    gather_tile<S, vectors.value>(p.y, p.row, p.entries, p.w.from_column(k), p.out + k, access);
   });
 }
 
@@ -245,7 +238,7 @@ void mark(const T* values, int64_t count, T cut, uint8_t* flags) {
 template <class T>
 constexpr Scan<T> scan_table = {largest<T>, mark<T>};
 template <class S>
-constexpr Products<S> products_table = {dot<S>, scatter<S>, outer<S>, gather<S>};
+constexpr Tiles<S> tiles_table = {dot<S>, scatter<S>, outer<S>, gather<S>};
 
 }  // namespace
 }  // namespace monet::cpu
