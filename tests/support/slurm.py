@@ -34,7 +34,7 @@ SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
-FirstJobId={port}
+FirstJobId={job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -141,10 +141,11 @@ class LocalSlurm:
         for i in range(GPUS):
             os.mknod(folder / f"gpu{i}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # /dev/null
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
-        port, *node_ports = free_ports(1 + len(self.nodes))
+        # the numbers of jobs, of which the port of their ranks is made, begin above the ports that are taken
+        job, port, *node_ports = sorted(free_ports(2 + len(self.nodes)), reverse=True)
         nodes = [NODE.format(name=name, port=p, gpus=GPUS) for name, p in zip(self.nodes, node_ports, strict=True)]
         # nodes before the partition that has them all
-        (folder / "slurm.conf").write_text("".join(nodes) + CONFIGURATION.format(port=port, folder=folder))
+        (folder / "slurm.conf").write_text("".join(nodes) + CONFIGURATION.format(port=port, job=job, folder=folder))
         key = folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
