@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,17 +73,34 @@ def read_command(arguments: list[str]) -> Command | None:
 
 
 def _show(arguments: list[str]) -> None:
-    # Hydra also prints by logging, which would report a closed output at length; here is nothing to lose.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
     @hydra.main(config_path=str(config_folder()), config_name=PRIMARY, version_base=VERSION_BASE)
     def never_called(_: DictConfig) -> None:
         raise AssertionError("Hydra was asked to show something")
 
-    sys.argv = [sys.argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises its errors, instead of printing a report of its own
-    with explained():
+    with explained(), _process_of_hydra(arguments):
         try:
             never_called()
         except ValueError as error:  # of --shell-completion
             raise UserError(" ".join(str(error).split())) from None
+
+
+@contextmanager
+def _process_of_hydra(arguments: list[str]) -> Iterator[None]:
+    """Set what Hydra reads of its process and, afterwards, put back what was there.
+
+    The signal: Hydra also prints by logging, which would report a closed output at length; here is nothing to lose.
+    The variable: Hydra raises its errors, instead of printing a report of its own.
+    """
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGPIPE, handler)
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +42,19 @@ def test_options_that_cannot_be(case: str) -> None:
 def test_options_may_stand_between_overrides() -> None:
     command = Command(["train.seed=1,2", "data.path=x"], Path("mine"), sweep=True)
     assert read_command(["train.seed=1,2", "-m", "data.path=x", "--config-dir", "mine"]) == command
+
+
+@pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--shell-completion", "install"]])
+def test_what_shows_leaves_its_process_as_it_was(arguments: list[str]) -> None:
+    """With SIGPIPE at its default, the next closed pipe of any kind would end a Python process silently."""
+
+    def process() -> list[object]:
+        return [signal.getsignal(signal.SIGPIPE), list(sys.argv), dict(os.environ)]
+
+    before = process()
+    with contextlib.suppress(UserError):  # the completion lacks its shell
+        read_command(arguments)
+    assert process() == before
 
 
 def test_the_version_is_the_packages_own(capsys: pytest.CaptureFixture[str]) -> None:
