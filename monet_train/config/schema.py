@@ -86,6 +86,7 @@ class TrainSection:
     precision: str = one_of("fp32", "bf16", default="bf16")
     device: str = one_of("auto", "cpu", "cuda", default="auto")
     recompute: bool = False  # recompute activations, one routing group at a time
+    compile: bool = False  # torch.compile the model; the first step then takes about half a minute
     uniformity_weight: float = at_least(0, default=1e-3)
     ambiguity_weight: float = at_least(0, default=1e-3)
 

@@ -5,6 +5,14 @@ The bounds of a single key stand beside it, in ``config/schema.py`` and ``model/
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
 from monet_train.config.schema import TrainConfig
 from monet_train.data.batches import micro_steps
 from monet_train.errors import UserError
@@ -31,6 +39,8 @@ def check_config(config: TrainConfig, launch: Launch) -> None:
         )
     check_tensor_size(config.model, config.parallel.tensor)
     check_batch(config, launch.world_size)
+    if config.train.compile:
+        check_compile(config)
 
 
 def check_batch(config: TrainConfig, world_size: int) -> None:
@@ -42,6 +52,36 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
             f"of {tensor}, or use one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
         )
     micro_steps(config.train.global_batch_size, config.train.micro_batch_size, world_size // tensor)
+
+
+def check_compile(config: TrainConfig) -> None:
+    """Refuse train.compile where communication within the model would cut it into many graphs."""
+    cuts = {
+        f"parallel.tensor={config.parallel.tensor}": config.parallel.tensor > 1,
+        "zero.stage=3": config.zero.stage == 3,
+    }
+    for key in (key for key, cut in cuts.items() if cut):
+        raise UserError(
+            f"train.compile=true cannot be combined with {key}, which would cut the model into many graphs without any "
+            "gain; use train.compile=false"
+        )
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse train.compile on a machine where torch.compile cannot generate code for ``device``.
+
+    It needs Triton on a GPU, otherwise a C++ compiler and Python's headers.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cuda":
+        missing = None if find_spec("triton") else "Triton (pip install triton)"
+    elif shutil.which(compiler) is None:
+        missing = f"a C++ compiler, and {compiler} is not found; install g++ or set CXX"
+    else:
+        header = Path(sysconfig.get_path("include"), "Python.h")
+        missing = None if header.exists() else f"Python's headers, and {header} does not exist; install python3-dev"
+    if missing:
+        raise UserError(f"train.compile=true needs {missing}, or use train.compile=false")
 
 
 def total_steps(config: TrainConfig) -> int:

@@ -198,7 +198,8 @@ class Trainer:
         Every rank calls it. The router takes its running statistics here.
         """
         self.engine.eval()
-        sums = torch.stack([self.objective.held_out(self._forward(batch)) for batch in batches.read(0)]).sum(0)
+        with torch.compiler.set_stance("force_eager"):  # too few passes to be worth graphs of their own
+            sums = torch.stack([self.objective.held_out(self._forward(batch)) for batch in batches.read(0)]).sum(0)
         self.engine.train()
         loss, targets = self.topology.sum_over_data(sums).tolist()
         record = Record(self.step, self.step * self.step_tokens)

@@ -17,7 +17,7 @@ from monet_train.parallel.agreement import agree, from_main_rank
 from monet_train.parallel.groups import Topology
 from monet_train.parallel.launch import Launch, resolve_device, start_process_group, stop_process_group
 from monet_train.training.callbacks.table import find_callbacks
-from monet_train.training.checks import check_config, total_steps
+from monet_train.training.checks import check_compiler, check_config, total_steps
 from monet_train.training.optimizers import check_optimizer
 from monet_train.training.prepared import Prepared
 from monet_train.training.run_folder import DATA_CACHE, changes, check_run_folder, check_work_left, lock_run_folder
@@ -45,6 +45,8 @@ def preflight(config: TrainConfig, launch: Launch, resources: ExitStack) -> Prep
     def check_inputs() -> Path | None:
         find_callbacks(config.callbacks)
         kernels.is_native(device)  # refuses native kernels that cannot run
+        if config.train.compile:
+            check_compiler(device)
         check_shards(config.data, config.model.vocab_size)
         check_run_folder(folder, config)
         return find_resume(config.checkpoint.resume, checkpoints_folder(folder))
