@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from monet_train.errors import UserError
+from monet_train.tokenizers.probes import probe_texts
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
@@ -39,9 +41,9 @@ def read_model(file: Path) -> Any:
 def convert_sentencepiece(file: Path) -> Tokenizer:
     """A SentencePiece model (BPE or unigram) as a tokenizer of the tokenizers library.
 
-    The ids are those of SentencePiece: always for BPE; for unigram except where two segmentations are equally
-    probable. Control symbols (<s>, </s>, ...) become special tokens. Like SentencePiece it reads them in a text as
-    characters, if it is told to (``encode_special_tokens``). Nothing is added to a text on encoding.
+    The ids are those of SentencePiece for BPE; for unigram see :func:`convert_unigram`. Control symbols (<s>, </s>,
+    ...) become special tokens. Like SentencePiece it reads them in a text as characters, if it is told to
+    (``encode_special_tokens``). Nothing is added to a text on encoding.
 
     Raises:
         UserError: the file is not a SentencePiece model, or of a kind that cannot be converted.
@@ -58,8 +60,31 @@ def convert_sentencepiece(file: Path) -> Tokenizer:
     return tokenizer
 
 
+def convert_unigram(file: Path, original: SentencePieceProcessor, names: Iterable[str]) -> Tokenizer | None:
+    """The conversion of a unigram model, to encode in the place of SentencePiece; None where SentencePiece has to.
+
+    Both libraries search for the most probable segmentation, and of equals take the one whose last piece is longest.
+    But SentencePiece adds up the scores of a whole text in fp32, the tokenizers library in fp64. So rounding decides
+    between equals, and in a text of a million characters also between segmentations that differ by a tenth. No scores
+    make them agree, and transformers has the second one only: shards and generation take it too.
+
+    Args:
+        original: the same model in SentencePiece.
+        names: how special tokens are written; see ``probe_texts``, on which the conversion has to be as good.
+    """
+    if read_model(file).trainer_spec.model_type != UNIGRAM:
+        return None
+    converted = convert_sentencepiece(file)
+    converted.encode_special_tokens = True
+    for text in probe_texts(names):
+        ids, expected = converted.encode(text, add_special_tokens=False).ids, original.encode(text)
+        if ids != expected and not equally_probable(original, ids, expected):
+            return None
+    return converted
+
+
 def equally_probable(model: SentencePieceProcessor, one: list[int], other: list[int]) -> bool:
-    """Whether a unigram model gives two segmentations the same probability, up to rounding."""
+    """Whether a unigram model gives two segmentations of a short text the same probability, up to rounding."""
     return math.isclose(sum(map(model.get_score, one)), sum(map(model.get_score, other)), abs_tol=1e-3)
 
 
@@ -142,7 +167,9 @@ def _normalizer(proto: Any) -> normalizers.Normalizer:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        # spaces alone, and at the end what reads like one: Strip() would take line breaks and the like too
+        ends = Regex(rf"\A +|[ {SPACE}]+\z")
+        steps += [normalizers.Replace(ends, ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     steps.append(normalizers.Replace(" ", SPACE))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file
-from monet_train.tokenizers.convert_sentencepiece import UNIGRAM, convert_sentencepiece, equally_probable, read_model
+from monet_train.tokenizers.convert_sentencepiece import convert_sentencepiece, convert_unigram
 from monet_train.tokenizers.fast_encoder import FastEncoder
 from monet_train.tokenizers.files import SENTENCEPIECE_MODEL, TOKENIZER_JSON
 from monet_train.tokenizers.record import TokenizerRecord
@@ -14,7 +14,11 @@ from monet_train.tokenizers.tokenizer import Tokenizer, refuse_special_tokens_of
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece ``.model``."""
+    """A SentencePiece ``.model``.
+
+    BPE models are encoded by SentencePiece, unigram models by their conversion, as their exports are: see
+    :func:`convert_unigram`.
+    """
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -41,21 +45,19 @@ class SentencePieceTokenizer(Tokenizer):
         )
         super().__init__(path, record)
         special = {self.processor.id_to_piece(i): i for i in record.special_ids}
+        self._unigram = convert_unigram(path, self.processor, special)
         self.fast = FastEncoder.for_sentencepiece(path, self.encode_by_library, special)
         refuse_special_tokens_of_text(self, special)
 
     def encode_by_library(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text by SentencePiece."""
+        """Token ids of each text by SentencePiece, or by the conversion of a unigram model."""
+        if self._unigram:
+            return [item.ids for item in self._unigram.encode_batch_fast(texts, add_special_tokens=False)]
         return self.processor.encode(texts, num_threads=1)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids, without special tokens."""
         return self.processor.decode([int(i) for i in ids])
-
-    def is_same_encoding(self, one: list[int], other: list[int]) -> bool:
-        """Whether two encodings of a text are the same; unigram models have ties, which rounding decides."""
-        is_unigram = read_model(self.path).trainer_spec.model_type == UNIGRAM
-        return one == other or (is_unigram and equally_probable(self.processor, one, other))
 
     def to_json(self) -> bytes:
         """The conversion to a ``tokenizer.json``.

@@ -44,10 +44,6 @@ class Tokenizer(StoredTokenizer, ABC):
     def named_tokens(self) -> dict[str, str]:
         """How the special tokens are written, by their names in ``tokenizer_config.json`` (``eos_token``, ...)."""
 
-    def is_same_encoding(self, one: list[int], other: list[int]) -> bool:
-        """Whether two encodings of a text are the same, up to what the tokenizer itself leaves to rounding."""
-        return one == other
-
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text."""
         return self._flat_ids(texts).lists()

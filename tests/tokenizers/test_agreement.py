@@ -38,6 +38,7 @@ TEXTS = [
     *(text_of(i) for i in range(7)),
     *(text[:1500] for text in real_texts()),
     "Fußgängerübergänge 2024, ¿qué? Ελληνικά 한국어 ภาษาไทย 🙂\r\n\t  end  ",
+    *(char * n for char in "-= \n" for n in (7, 23, 50)),  # where a unigram model has equally probable segmentations
     *(form.format(name) for name in NAMES for form in ("{0}", "a{0}b {0} c", " {0} ", "\n{0}\n", "{0}{0}<s>")),
 ]
 AUTO_TOKENIZER = """
@@ -74,12 +75,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, options in {
         "sentencepiece": {},
         "sentencepiece with symbols": {"user_defined_symbols": ["\n", "<|code|>"]},
+        "sentencepiece without spaces": {"remove_extra_whitespaces": True},
+        "sentencepiece unigram": {"model_type": "unigram"},
     }.items():
-        SentencePieceTrainer.train(
-            sentence_iterator=iter("\n".join(real_texts()).split("\n")), model_prefix=str(folder / name),
-            vocab_size=700, model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, minloglevel=2, **options,
-        )  # fmt: skip
+        given: dict[str, Any] = {
+            "vocab_size": 700, "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False, "minloglevel": 2, **options,
+        }  # fmt: skip
+        lines = iter("\n".join(real_texts()).split("\n"))
+        SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / name), **given)
         files[name] = folder / f"{name}.model"
     return files
 
@@ -101,7 +105,10 @@ def rebuilt(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return {name: answers[str(folder)] for name, folder in exports.items()}
 
 
-KINDS = [*SELF_WILLED, "sentencepiece", "sentencepiece with symbols"]
+KINDS = [
+    *SELF_WILLED, "sentencepiece", "sentencepiece with symbols", "sentencepiece without spaces",
+    "sentencepiece unigram",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -80,7 +80,7 @@ def test_the_first_call_of_every_process_is_compared(jsonl: Path, tokenizer: Tok
             list(encoder.encode(read_chunks(part)))
 
 
-def test_a_unigram_model_is_encoded_by_sentencepiece(jsonl: Path, data, tmp_path: Path) -> None:
+def test_a_trained_unigram_model_brings_text_back(jsonl: Path, data, tmp_path: Path) -> None:
     source = (jsonl / "*.jsonl", "--vocab-size", 326, "--model-type", "unigram", "--out", tmp_path)
     assert data("tokenizer", *source)[0] == 0
     unigram = load_tokenizer(tmp_path)
