@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from monet_train.checkpoints.layout import CONFIG, resolve_checkpoint
 from monet_train.checkpoints.weights import (
@@ -33,6 +33,7 @@ from monet_train.interop.card import model_card
 from monet_train.interop.export_tokenizer import has_chat_template, write_tokenizer
 from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.model.wrapped import unwrap
 from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 MAX_SHARD_SIZE = "5GB"
@@ -45,7 +46,7 @@ AUTO_MAP = {
 
 
 def save_pretrained(
-    model: MonetForCausalLM,
+    model: nn.Module,
     folder: str | Path,
     tokenizer_file: str | Path | None = None,
     *,
@@ -55,6 +56,7 @@ def save_pretrained(
     """Export a model (whole, in one process) to a Hugging Face folder.
 
     Args:
+        model: a :class:`MonetForCausalLM` of this project; torch.compile and the like may have wrapped it.
         folder: new or empty; with ``force`` an earlier export there is replaced.
         tokenizer_file: a ``tokenizer.json``, a SentencePiece model or a folder with one, to be exported with it.
         max_shard_size: of a file of weights, as transformers writes it (``5GB``).
@@ -63,10 +65,17 @@ def save_pretrained(
         the folder.
 
     Raises:
-        UserError: the folder is in use, or the tokenizer does not fit. Nothing is changed then.
+        UserError: the model is transformers' own, the folder is in use, or the tokenizer does not fit. Nothing is
+            changed then.
     """
+    own = unwrap(model)
+    if not isinstance(own, MonetForCausalLM):
+        raise UserError(
+            "save_pretrained exports a model of load_pretrained; one that transformers has loaded saves itself: merge "
+            "its adapters (model.merge_and_unload()) and call model.save_pretrained(folder)"
+        )
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
-    return write_export(model.config, model.state_dict(), Path(folder), tokenizer, force, max_shard_size)
+    return write_export(own.config, own.state_dict(), Path(folder), tokenizer, force, max_shard_size)
 
 
 def write_export(

@@ -16,6 +16,7 @@ from monet_train.checkpoints.weights import DTYPES
 from monet_train.errors import UserError, one_line_errors
 from monet_train.model.attention import KVCache
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.model.wrapped import unwrap
 from monet_train.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 
 UNDECODED = "\ufffd"  # what a tokenizer writes for the bytes of a character that is not complete yet
@@ -63,7 +64,14 @@ def generate_tokens(
 
     Ends before a token of ``stop``, after ``max_new_tokens``, or where the model's context is full. The draws are
     made on the CPU, so that a seed means the same on every device.
+
+    Raises:
+        UserError: the model is transformers' own, which would pass over the cache of this one.
     """
+    if not isinstance(unwrap(model), MonetForCausalLM):
+        raise UserError(
+            "generate_tokens takes a model of load_pretrained; one that transformers has loaded has generate()"
+        )
     stop = set(stop)
     device = model.device
     generator = torch.Generator().manual_seed(seed)

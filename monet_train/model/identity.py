@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monet_train.errors import UserError
+from monet_train.model.wrapped import unwrap
 
 LINEAGE_SIGNS = 1024
 RELATED = 0.6  # of the signs agree; those of unrelated models: 0.5, with a standard deviation of 0.016
-
-
-class Routed(Protocol):
-    """A Monet of this project, or one that transformers has loaded."""
-
-    config: Any  # with the field names of the published configurations
-
-    def get_parameter(self, target: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -86,14 +79,20 @@ class ModelIdentity:
             )
 
 
-def identify(model: Routed) -> ModelIdentity:
-    """The identity of a model."""
-    c = model.config
-    layers = range(0, c.num_hidden_layers, c.moe_groups)
-    weights = [
-        model.get_parameter(f"model.layers.{layer}.router.w{side}.weight") for layer in layers for side in (1, 2)
-    ]
-    whole = all(w.numel() == c.moe_heads * c.moe_experts * c.hidden_size and w.device.type != "meta" for w in weights)
+def identify(model: nn.Module) -> ModelIdentity:
+    """The identity of a model, which may be wrapped.
+
+    Raises:
+        UserError: it is not a Monet.
+    """
+    monet: Any = unwrap(model)
+    c = monet.config
+    # by attribute: adapters, pruning and parametrizations move a parameter and leave one of its old name
+    decoder = getattr(monet, "model", monet)
+    routers = [decoder.layers[layer].router for layer in range(0, c.num_hidden_layers, c.moe_groups)]
+    weights = [projection.weight for router in routers for projection in (router.w1, router.w2)]
+    size = c.moe_heads * c.moe_experts * c.hidden_size
+    whole = all(w.numel() == size and w.device.type != "meta" and not hasattr(w, "full_tensor") for w in weights)
     return ModelIdentity(
         num_hidden_layers=c.num_hidden_layers,
         hidden_size=c.hidden_size,

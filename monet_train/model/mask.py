@@ -8,19 +8,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import index
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from monet_train.durable import write_atomically
 from monet_train.errors import UserError
 from monet_train.kernels.plain import expert_factors
 from monet_train.model.expert_table import ALL, COLUMNS, read_table, refuse_non_finite, write_table
-from monet_train.model.identity import ModelIdentity, Routed, identify
+from monet_train.model.identity import ModelIdentity, identify
 from monet_train.model.statistics import FullPrecision
+from monet_train.model.wrapped import unwrap
 from monet_train.typed import from_json
 
 FORMAT = "monet_train.ExpertSet"
@@ -76,14 +77,6 @@ class ExpertMask(FullPrecision):
         return super()._apply(once, recurse)
 
 
-class Maskable(Routed, Protocol):
-    """A model whose experts can be masked."""
-
-    def set_expert_mask(self, group: int, mask: Tensor, layer: int | None = None) -> None: ...
-
-    def clear_expert_mask(self, group: int | None = None) -> None: ...
-
-
 @dataclass(frozen=True, eq=False)
 class ExpertSet:
     """Chosen experts, a factor for each (0: off), and which model they are for.
@@ -110,7 +103,7 @@ class ExpertSet:
     @classmethod
     def choose(
         cls,
-        model: Routed | ModelIdentity,
+        model: nn.Module | ModelIdentity,
         group: int,
         experts: Tensor | Sequence[tuple[int | None, int | None]],
         factor: float | Tensor = 0.0,
@@ -122,7 +115,7 @@ class ExpertSet:
         """Experts of one routing group.
 
         Args:
-            model: that they are experts of, or its identity.
+            model: that they are experts of, which may be wrapped, or its identity.
             experts: pairs (i, j) of a half-expert of side 1 and one of side 2, where None is every half-expert of that
                 side; or the same as an integer tensor [n, 2], with -1 for None.
             factor: of all of them, or a tensor [n] with that of each.
@@ -206,21 +199,25 @@ class ExpertSet:
         """The same experts with their factors multiplied."""
         return self._map(lambda factors: factors * by)
 
-    def apply(self, model: Maskable) -> None:
+    def apply(self, model: nn.Module) -> None:
         """Make these the masks of ``model``, instead of all that it has. With tensor parallelism every rank does.
+
+        Args:
+            model: of this project or of transformers; it may be wrapped, by peft, torch.compile, DeepSpeed, ...
 
         Raises:
             UserError: the set is for another model; its masks are as before then. A relative gets a warning.
         """
         self.identity.check(identify(model), self.name)
-        model.clear_expert_mask()
+        monet = unwrap(model)
+        monet.clear_expert_mask()
         for group, factors in self.factors.items():
             masks = torch.where(factors.isnan(), 1.0, factors)
             if len(masks) == 1:
-                model.set_expert_mask(group, masks[0])
+                monet.set_expert_mask(group, masks[0])
                 continue
             for layer, mask in zip(self.identity.layers(group), masks, strict=True):
-                model.set_expert_mask(group, mask, layer=layer)
+                monet.set_expert_mask(group, mask, layer=layer)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file: ``experts`` int32 [n, 5] and ``factors`` fp32 [n].

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from transformers import AutoModel
 
+from monet_train import ExpertSet, load_pretrained, save_pretrained
+from monet_train.errors import UserError
+from monet_train.interop.generate import Sampling, generate_tokens
+from monet_train.model.identity import identify
 from tests.interop.test_huggingface import deviation, load
 from tests.interop.test_peft import IDS, logits, optional, train
 
@@ -93,6 +98,83 @@ def test_fully_sharded_projections_and_layers_compute_the_same(export: Path, one
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, parameter in sharded.named_parameters():
         assert deviation(parameter.grad.full_tensor(), gradients[name]) < 1e-6, name
+
+
+def lora(model: nn.Module, **options: Any) -> nn.Module:
+    return optional("peft").get_peft_model(model, optional("peft").LoraConfig(r=4, **options))
+
+
+def on_routers(change: Callable[..., object]) -> Callable[[Any], nn.Module]:
+    """Change the weights of the routers' projections."""
+
+    def changed(model: Any) -> nn.Module:
+        for layer in (0, 2):
+            for projection in (model.model.layers[layer].router.w1, model.model.layers[layer].router.w2):
+                change(projection, "weight")
+        return model
+
+    return changed
+
+
+WRAPPERS: dict[str, Callable[[Any], nn.Module]] = {
+    "lora": lambda model: lora(model, target_modules="all-linear"),
+    "lora of a causal model": lambda model: lora(model, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "saved routers": lambda model: lora(model, target_modules=["q_proj"], modules_to_save=["router"]),
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "compiled lora": lambda model: torch.compile(lora(model, target_modules="all-linear"), backend="eager"),
+    "data parallel": nn.DataParallel,
+    "pruned routers": on_routers(prune.identity),
+    "parametrized routers": on_routers(lambda module, name: parametrize.register_parametrization(module, name, Same())),
+    "offloaded": lambda model: optional("accelerate").cpu_offload(model, execution_device="cpu"),
+    "distributed": nn.parallel.DistributedDataParallel,
+    "fully sharded": lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))),
+}
+
+
+class Same(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_an_expert_set_reaches_a_wrapped_model(export: Path, name: str, one_process_group: None) -> None:
+    torch.compiler.reset()
+    plain, wrapped = load(export), WRAPPERS[name](load(export))
+    assert torch.equal(logits(wrapped), unmasked := logits(plain))
+    experts = ExpertSet.choose(wrapped, 0, [(None, 5), (3, None)], layers=[1])
+    experts = experts.union(ExpertSet.choose(wrapped, 1, [(i, None) for i in range(32)], 2.0))
+    if name not in ("offloaded", "fully sharded"):  # whose weights are elsewhere
+        assert identify(wrapped) == identify(plain)
+    for model in (plain, wrapped):
+        experts.apply(model)
+    assert torch.equal(logits(wrapped), logits(plain))
+    assert deviation(logits(plain), unmasked) > 0.1
+    ExpertSet(identify(plain), {}).apply(wrapped)
+    assert torch.equal(logits(wrapped), unmasked)
+
+
+def test_an_expert_set_applies_to_a_model_without_its_head(export: Path) -> None:
+    model = AutoModel.from_pretrained(export, trust_remote_code=True)
+    experts = ExpertSet.choose(load(export), 0, [(None, 5)])
+    with torch.no_grad():
+        before = model(IDS).last_hidden_state
+        experts.apply(model)
+        assert deviation(model(IDS).last_hidden_state, before) > 0.01
+
+
+def test_what_holds_no_monet_is_refused_in_one_line(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Linear holds no Monet: give a model of load_pretrained") as refused:
+        ExpertSet.choose(load(export), 0, [(1, 2)]).apply(nn.Linear(2, 2))
+    assert "\n" not in str(refused.value)
+    for model in (load(export), lora(load(export), target_modules="all-linear")):
+        with pytest.raises(UserError, match=r"saves itself: merge its adapters .* call model\.save_pretrained"):
+            save_pretrained(model, tmp_path / "export")
+        with pytest.raises(UserError, match=r"one that transformers has loaded has generate\(\)"):
+            next(generate_tokens(model, [5, 6], 3, Sampling()))
+    own = load_pretrained(export)
+    save_pretrained(torch.compile(own, backend="eager"), tmp_path / "export")
+    weights = load_pretrained(tmp_path / "export").state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in own.state_dict().items())
 
 
 @pytest.mark.slow
