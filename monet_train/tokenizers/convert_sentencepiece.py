@@ -72,11 +72,13 @@ def convert_unigram(file: Path, original: SentencePieceProcessor, names: Iterabl
         original: the same model in SentencePiece.
         names: how special tokens are written; see ``probe_texts``, on which the conversion has to be as good.
     """
-    if read_model(file).trainer_spec.model_type != UNIGRAM:
+    proto = read_model(file)
+    if proto.trainer_spec.model_type != UNIGRAM:
         return None
     converted = convert_sentencepiece(file)
     converted.encode_special_tokens = True
-    for text in probe_texts(names):
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    for text in probe_texts([*names, *symbols]):
         ids, expected = converted.encode(text, add_special_tokens=False).ids, original.encode(text)
         if ids != expected and not equally_probable(original, ids, expected):
             return None
@@ -120,7 +122,8 @@ def _scores(proto: Any) -> list[float]:
     """
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
     scores = [piece.score for piece in proto.pieces]
-    if not set("".join(normal)) <= normal.keys():
+    spelled = "".join(piece.piece for piece in proto.pieces if piece.type == NORMAL)  # the user's symbols stand alone
+    if not set(spelled) <= normal.keys():
         return scores
     longest = max(len(piece.piece) for piece in proto.pieces)
     lowest = (min(normal.values()) - 10) * (longest + 1)  # below that of any spelling; 10: SentencePiece's penalty

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, object]] = {
     },
     "unigram-code": {"model_type": "unigram", **CODE},
     "unigram-default": {"model_type": "unigram"},
+    "unigram-symbols": {"model_type": "unigram", "user_defined_symbols": ["\n", "<|code|>"], **CODE},
 }  # fmt: skip
 
 # What reads like a space, or nearly, and other characters.
@@ -193,17 +194,20 @@ def test_where_sentencepiece_rounds_otherwise_everyone_has_the_ids_of_the_export
     assert [tokenizer(text, verbose=False)["input_ids"] for text in texts] == ids
 
 
-def test_a_unigram_model_that_cannot_be_converted_keeps_sentencepiece_and_is_not_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"treat_whitespace_as_suffix": True}, {"user_defined_symbols": ["▁▁"], **CODE}])
+def test_a_unigram_model_that_cannot_be_converted_keeps_sentencepiece_and_is_not_exported(
+    options: dict[str, object], tmp_path: Path
+) -> None:
     lines = iter("\n".join(TEXTS).split("\n"))
     SentencePieceTrainer.train(
-        sentence_iterator=lines, model_prefix=str(tmp_path / "suffix"), model_type="unigram", vocab_size=500,
-        treat_whitespace_as_suffix=True, minloglevel=2,
+        sentence_iterator=lines, model_prefix=str(tmp_path / "other"), model_type="unigram", vocab_size=500,
+        minloglevel=2, **options,
     )  # fmt: skip
-    file = tmp_path / "suffix.model"
+    file = tmp_path / "other.model"
     assert load_tokenizer(file).encode(TEXTS) == SentencePieceProcessor(model_file=str(file)).encode(TEXTS)
     model = load_pretrained(GOLDEN / "tiny_vertical")
     model.config.vocab_size = 500
-    with pytest.raises(UserError, match=r"suffix\.model: transformers encodes '.*' as .*, the shards have"):
+    with pytest.raises(UserError, match=r"other\.model: transformers encodes '.*' as .*, the shards have"):
         save_pretrained(model, tmp_path / "export", file)
 
 
