@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 from transformers import Trainer, TrainingArguments
 
 from monet_train.checkpoints.load import load_pretrained
@@ -174,15 +175,28 @@ def test_pruning_reaches_the_experts(export: Path) -> None:
     assert deviation(logits(model), pruned) > 0.1  # the mask is applied at each call, to the weights of that time
 
 
-def test_forward_hooks_fire_on_every_module_with_parameters_or_buffers(export: Path) -> None:
+def test_pruning_or_normalising_any_projection_alone_changes_the_logits(export: Path) -> None:
+    unchanged = logits(load(export))
+    names = [n for n, m in load(export).named_modules() if isinstance(m, nn.Linear)]
+    assert len(names) in (4 * (4 + 6) + 2 * 2 + 1, 4 * (4 + 2) + 2 * 2 + 1)
+    for name in names:
+        for change in (lambda m: prune.l1_unstructured(m, "weight", 0.5), parametrizations.spectral_norm):
+            model = load(export)
+            change(model.get_submodule(name))
+            assert not torch.equal(logits(model), unchanged), name
+
+
+def test_forward_hooks_fire_once_on_every_module_with_parameters_or_buffers(export: Path) -> None:
     model = load(export)
-    called = set()
+    calls = Counter[str]()
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda *_, name=name: called.add(name))
-    logits(model)
-    own = {n for n, m in model.named_modules() if [*m.parameters(False), *m.buffers(False)]}
-    assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} <= own
-    assert own - called == set()
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    own = [n for n, m in model.named_modules() if [*m.parameters(False), *m.buffers(False)]]
+    assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} <= {*own}
+    for mode in (model.eval, model.train):
+        mode()(input_ids=IDS)
+        assert {name: calls[name] for name in own} == dict.fromkeys(own, 1)
+        calls.clear()
 
 
 def test_trainer_trains_evaluates_and_predicts(export: Path, tmp_path: Path) -> None:
