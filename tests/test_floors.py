@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tests.support import floors
@@ -29,7 +30,18 @@ def test_no_circle_between_packages() -> None:
     assert not circle, " imports ".join(circle)
 
 
-def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+def test_the_page_shows_the_imports() -> None:
+    """Picture and list of docs/architecture.md follow the sources, and its floor plan is the order tested here."""
+    page = floors.PAGE.read_text()
+    shown = page.partition(floors.BEGIN)[2].partition(floors.END)[0]
+    assert shown == floors.documented(), "run python -m tests.support.floors --write"
+    rows = re.findall(r"^\| \d+ \| ([^|]+) \|", page, re.MULTILINE)
+    plan = [re.findall(r"`(?:monet_train/)?(\w+)(?:\.py)?`", row) for row in rows]
+    names = [["monet_train" if name == "__init__" else name for name in row] for row in plan]
+    assert names == [list(floor) for floor in reversed(floors.FLOORS)]
+
+
+def test_imports_are_found_wherever_they_are(tmp_path: Path) -> None:
     write(
         tmp_path,
         {
