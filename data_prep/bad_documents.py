@@ -30,7 +30,7 @@ def parse_json(line: bytes) -> Any:
 
 
 def checked_record(value: Any) -> dict[Any, Any]:
-    """A record of fields, or BadDocument."""
+    """The record of fields, if it is one; else BadDocument."""
     if not isinstance(value, dict):
         raise BadDocument(f"a record is a {type(value).__name__}, not an object")
     return value
@@ -42,7 +42,7 @@ def checked_id(record: dict[Any, Any], field: str) -> str:
     if value is None:
         raise BadDocument(f"no field {field!r}")
     if isinstance(value, bool) or not isinstance(value, str | int):
-        kind = type(value).__name__  # orjson takes a whole number beyond 64 bits for a float
+        kind = type(value).__name__  # orjson reads a whole number beyond 64 bits as a float
         raise BadDocument(f"the id is a {kind}, not a string or a whole number below 2^64")
     text = str(value)
     utf8_bytes(text)

@@ -20,7 +20,7 @@ from monet_train.errors import UserError
 
 CHUNK_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"  # some editors put it before a text in UTF-8
-LONE_SURROGATE = "\ud800"  # stands for bytes that are not UTF-8: a document with it is rejected for that
+LONE_SURROGATE = "\ud800"  # in place of bytes that are not UTF-8: a document that contains it is rejected
 ROWS_PER_CHUNK = 256
 
 
@@ -49,14 +49,14 @@ def read_chunks(part: Part, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
     }
     try:
         if not part.size and part.path.endswith(COMPRESSIONS) and not is_remote(part.path):
-            raise EOFError("it is empty")  # nothing, compressed, is some bytes
+            raise EOFError("it is empty")  # even nothing takes some bytes when compressed
         yield from readers[part.kind](part, chunk_bytes)
     except READ_ERRORS as error:
         raise unreadable(part.path, error) from None
 
 
 def read_file(entry: FileEntry) -> bytes:
-    """The start of a file that is one document: all of it, unless it is enormous."""
+    """The start of a file that is one document; the whole file, unless it is enormous."""
     try:
         with open_source(entry.path) as stream:
             return stream.read(ENORMOUS_BYTES + 1).removeprefix(BOM)
@@ -66,7 +66,7 @@ def read_file(entry: FileEntry) -> bytes:
 
 def _read_lines(part: Part, chunk_bytes: int) -> Iterator[Chunk]:
     """Whole lines, about ``chunk_bytes`` at a time; a line beyond ENORMOUS_BYTES is skipped and its number noted."""
-    begun: list[bytes] = []  # a line whose end was not read yet
+    begun: list[bytes] = []  # a line whose end has not been read yet
     first, reported, skipping = 1, 0, False
     with open_raw(part.path) as raw, decompress(raw, part.path) as stream:
         while block := stream.read(chunk_bytes):

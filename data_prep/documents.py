@@ -80,11 +80,11 @@ def _raw_documents(chunk: Chunk, reader: _DocumentReader) -> Iterator[tuple[str,
 
 
 class _DocumentReader:
-    """Makes documents of what a source holds, or raises BadDocument."""
+    """Makes documents from what a source holds, or raises BadDocument."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._fields = [source.fields.get(label) for label in LABELS]  # None, which no record has, where there is none
+        self._fields = [source.fields.get(label) for label in LABELS]  # no record has a key None
         self._fixed = [(number, source.labels[label]) for number, label in enumerate(LABELS) if label in source.labels]
         self._where = [(LABELS.index(label), wanted) for label, wanted in source.where.items()]
 

@@ -25,7 +25,7 @@ from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
 
 CHUNKS_AHEAD = 8  # per worker; bounds the memory, and bridges what the writer does between chunks
-SLOT_BYTES = 4 << 20  # of shared memory for each of them; what is not touched costs nothing
+SLOT_BYTES = 4 << 20  # of shared memory for each of them; pages that are never touched cost nothing
 
 
 class Column(NamedTuple):
@@ -78,7 +78,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, workers: int, slot_bytes: int = SLOT_BYTES) -> None:
-        """``slot_bytes`` of shared memory serve each chunk that is at work."""
+        """``slot_bytes``: shared memory for each chunk that is being worked on."""
         self.tokenizer = tokenizer
         self._ahead = CHUNKS_AHEAD * workers
         self._pool = None
@@ -120,7 +120,7 @@ class Encoder:
                 "a worker process was killed (out of memory?): run the same command again with fewer --workers; "
                 "it resumes where it stopped"
             ) from None
-        finally:  # who asks for no more may start again: the slots must be free by then
+        finally:  # a caller that stops early may start again: the slots must be free by then
             wait([future for _, _, future in ahead if not future.cancel()])
 
     def _first(self, ahead: deque[tuple[Chunk, int, Future[Encoded]]]) -> tuple[Chunk, Encoded]:
@@ -131,7 +131,7 @@ class Encoder:
 class _Slots:
     """Memory that the processes share, one slot per chunk: its lines on their way to a worker, then its tokens back.
 
-    Through pipes the same bytes would cost 4% of a worker's time. What is not bytes, or is too large, goes by pipe.
+    Through pipes the same bytes would cost 4% of a worker's time. What is not bytes, or is too large, uses the pipe.
     """
 
     def __init__(self, count: int, slot_bytes: int) -> None:
@@ -177,7 +177,7 @@ class _Slots:
 
 
 class Stored(NamedTuple):
-    """In place of a payload that is in a slot."""
+    """Takes the place of a payload that is in a slot."""
 
     size: int
 
@@ -194,7 +194,7 @@ def _start(tokenizer: Tokenizer, slots: _Slots) -> None:
     _tokenizer, _slots = tokenizer, slots
     if tokenizer.fast:
         tokenizer.fast.compare_next()
-    gc.freeze()  # what the parent had loaded is here to stay
+    gc.freeze()  # what the parent has loaded stays for good
 
 
 def _end_with_parent() -> None:

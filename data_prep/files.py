@@ -55,7 +55,7 @@ def decompress(raw: Any, path: str) -> Any:
 
 
 def suffix_of(path: str) -> str:
-    """The suffix that tells the format: ``corpus.jsonl.zst`` -> ``.jsonl``."""
+    """The suffix that names the format: ``corpus.jsonl.zst`` -> ``.jsonl``."""
     name = path
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)

@@ -11,7 +11,7 @@ from monet_train.errors import UserError
 
 
 def cannot_read(path: Path, error: Exception) -> str:
-    """Half a line for a file of an output folder that is there and cannot be read."""
+    """Half a line for a file of an output folder that exists but cannot be read."""
     name, reason = (error.filename, error.strerror) if isinstance(error, OSError) else (None, None)
     return f"{name or path} cannot be read ({reason or ' '.join(str(error).split()) or type(error).__name__})"
 
@@ -91,7 +91,7 @@ def refuse_lost_shards(folder: Path, lost: list[str], tasks: int) -> None:
 
 
 def refuse_bad_documents(counts: dict[str, int], seen: int, max_share: float, listed: Path) -> None:
-    """Refuse a corpus of which too many documents are bad.
+    """Refuse a corpus with too many bad documents.
 
     Args:
         counts: bad documents by reason.

@@ -14,12 +14,12 @@ from monet_train.data.manifest import ShardRecord
 from monet_train.errors import UserError
 
 AT_ONCE = 1 << 24
-LOOKED_UP = 1000  # repeated hashes of a pass whose ids are compared as text
+LOOKED_UP = 1000  # repeated hashes of a pass whose ids are then compared as text
 SHOWN = 80  # characters of an id in the error
 
 
 class Duplicates(NamedTuple):
-    """How many documents repeat an id, and the first of them that was found."""
+    """How many documents repeat an id, and the first repetition that was found."""
 
     repeats: int
     id: str
@@ -33,10 +33,10 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(folder: Path, shards: list[ShardRecord], at_once: int = AT_ONCE) -> Duplicates | None:
-    """Compare the ids of all documents of some shards; those that were prepared without ids do not count.
+    """Compare the ids of all documents of some shards; shards that were prepared without ids are skipped.
 
     Args:
-        at_once: hashes held at once; more documents take more passes over the labels.
+        at_once: hashes held in memory at a time; more documents take more passes over the labels.
 
     Raises:
         UserError: the labels of a shard cannot be read.

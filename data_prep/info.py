@@ -72,7 +72,7 @@ def _labels(manifest: Manifest) -> Iterator[str]:
 
 
 def draw_lengths(folder: Path, image: Path) -> None:
-    """Draw the histogram of document lengths into ``image`` (PNG, or what its suffix says).
+    """Draw the histogram of document lengths into ``image`` (PNG, or the format that its suffix names).
 
     Raises:
         UserError: matplotlib is not installed, a shard cannot be read, or the image cannot be written.

@@ -14,8 +14,8 @@ SKIPPED = {"__pycache__", "test", "tests", "idle_test", "site-packages", "dist-p
 def installed_files() -> list[tuple[str, str, Path]]:
     """Files as (source, domain, path): the standard library and licences first, then site-packages.
 
-    Within each group the order is that of a hash of the path below the library's root, so that a bounded
-    part is a mixture and equal installations give equal orders.
+    Each of the two is ordered by a hash of the path below the library's root, so that a bounded part is a
+    mixture and equal installations give equal orders.
     """
     paths = sysconfig.get_paths()
     packages = sorted({Path(paths["purelib"]), Path(paths["platlib"])})

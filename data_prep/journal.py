@@ -1,4 +1,4 @@
-"""The state of an output folder: who may write it, what is finished, where to resume."""
+"""The state of an output folder: who may write to it, what is finished, where to resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOCK_NAME = ".lock"
 
 @dataclass
 class Totals:
-    """What was left out so far, and how long the rejects file is."""
+    """What has been left out so far, and how long the rejects file is."""
 
     rejected: dict[str, int] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Journal:
     def open(self, recipe: dict[str, Any] | None) -> None:
         """Start the journal, or read the one that a stopped run of the same recipe left.
 
-        Without a recipe any is read and nothing repaired: the task that it belongs to may be writing it.
+        Without a recipe, the journal of any is read and nothing is repaired: the task that owns it may be writing it.
 
         Raises:
             UserError: another recipe is at work in the folder, or the journal is damaged.
@@ -87,7 +87,7 @@ class Journal:
             write_atomically(self.path, whole)
 
     def _is_repaired(self, recipe: dict[str, Any]) -> bool:
-        """Whether ``recipe`` differs in source files alone that no shard has read yet: they were repaired.
+        """Whether ``recipe`` differs only in source files that no shard has read yet: they were repaired.
 
         With several tasks their sizes also decide what each task does.
         """
@@ -98,7 +98,7 @@ class Journal:
         return files[:read] == there[:read] and all(a[0] == b[0] for a, b in zip(files, there, strict=True))
 
     def add(self, shard: ShardRecord, totals: Totals) -> None:
-        """Record a finished shard, durably, with what had been left out up to its end."""
+        """Record a finished shard durably, with what had been left out up to its end."""
         self.shards.append(shard)
         self.totals = totals
         self._append({"shard": asdict(shard), "totals": asdict(totals)})
@@ -149,10 +149,10 @@ def _lines(path: Path, data: bytes, kind: type, first: int = 1) -> Iterator[Any]
 
 @contextlib.contextmanager
 def exclusive(folder: Path, name: str = LOCK_NAME, wait_seconds: float = 0) -> Iterator[None]:
-    """Hold the folder against a second run, or wait for one that is soon done.
+    """Lock the folder against a second run, or wait for one that will soon be done.
 
     Raises:
-        UserError: another run holds it, or it cannot be made.
+        UserError: another run holds the lock, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from monet_train.tokenizers.files import remove_tokenizer
 
 
 def merge(folder: Path) -> Manifest:
-    """Write the manifest over the shards of all tasks; nothing else is written, no shard is read.
+    """Write the manifest over the shards of all tasks. Nothing else is written, and no shard is read.
 
     Raises:
         UserError: a task is missing or unfinished, the tasks were not given the same command, a shard is gone, or the
@@ -101,7 +101,7 @@ def write_manifest(folder: Path, journals: list[Journal], tokenizer: Tokenizer) 
 
 
 def remove_journals(folder: Path) -> None:
-    """The manifest says what they say; one may be left of a run that was killed in between."""
+    """The manifest has all that they say. One may be left over from a run that was killed in between."""
     for path in folder.glob("progress*.jsonl"):
         path.unlink()
 

@@ -34,7 +34,7 @@ class ShardOptions:
     max_bad_share: float = 0.01  # of all documents read
     task: int = 0
     tasks: int = 1
-    chunk_bytes: int = CHUNK_BYTES  # of text, read at once; the same in every run over a folder
+    chunk_bytes: int = CHUNK_BYTES  # of text, read at a time; the same in every run over a folder
     slot_bytes: int = SLOT_BYTES  # of shared memory for each chunk at work
 
 
@@ -55,7 +55,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What decides the shards' bytes: equal descriptions give equal shards.
 
-        Neither the folders' names nor the workers; the revision that is asked for is in the files' identity.
+        Neither the folders' names nor the number of workers belong to it; a revision is part of the files' identity.
         """
         kept = [
             {**asdict(source), "source": Path(source.source).name, "revision": None} for source in self.recipe.sources
@@ -71,7 +71,7 @@ class Plan:
         }
 
     def range_of(self, task: int) -> range:
-        """The parts of a task: neighbours, so that tasks in order are the corpus in order; about equal in bytes."""
+        """Parts of a task: neighbours, so that the tasks in order are the corpus in order; about equal in bytes."""
         sizes = np.array([max(part.size, 1) for part in self.parts], dtype=np.float64)
         middles = (np.cumsum(sizes) - sizes / 2) / sizes.sum()
         borders = np.searchsorted(middles, [task / self.options.tasks, (task + 1) / self.options.tasks])
@@ -108,7 +108,7 @@ class RejectsLog:
     """The rejects file and the counts that belong to it."""
 
     def __init__(self, path: Path, totals: Totals) -> None:
-        """Cuts the file to what ``totals`` counts: a stopped run may have written more."""
+        """Truncates the file to what ``totals`` counts: a stopped run may have written more."""
         self.path, self.totals = path, totals
         if path.exists():
             with path.open("ab") as stream:
@@ -204,12 +204,12 @@ class _Finisher:
         self._pending = self._thread.submit(_finish, writer), totals
 
     def ready(self) -> Iterator[Finished]:
-        """Hand out the shard that is being written if it is done: a kill loses whatever is recorded late."""
+        """Hand out the shard that is being written, if it is done: whatever is recorded late is lost by a kill."""
         if self._pending and self._pending[0].done():
             yield from self.wait()
 
     def wait(self) -> Iterator[Finished]:
-        """Hand out the shard at work, if there is one."""
+        """Wait for the shard that is being written, if there is one, and hand it out."""
         if self._pending:
             (future, totals), self._pending = self._pending, None
             yield Finished(future.result(), totals)
@@ -224,7 +224,7 @@ def _finish(writer: ShardWriter) -> ShardRecord:
 
 
 def _allowed(recipe: Recipe, encoded: Encoded, begin: int, documents: int, text_bytes: int) -> int:
-    """How many documents of a chunk from ``begin`` on the recipe's bounds leave."""
+    """How many documents of a chunk, from ``begin`` on, the recipe's bounds allow."""
     count = len(encoded.lengths) - begin
     if recipe.max_documents is not None:
         count = min(count, recipe.max_documents - documents)
@@ -235,7 +235,7 @@ def _allowed(recipe: Recipe, encoded: Encoded, begin: int, documents: int, text_
 
 
 def _cut(encoded: Encoded, begin: int, end: int, room: int) -> int:
-    """The end of the documents that go into a shard with room for this many tokens; the one that fills it is last."""
+    """The end of the documents that go into a shard with room for this many tokens; the last one fills it."""
     sizes = np.cumsum(encoded.lengths[begin:end], dtype=np.int64)
     return begin + min(end - begin, int(np.searchsorted(sizes, room)) + 1)
 

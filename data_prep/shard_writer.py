@@ -17,7 +17,7 @@ from monet_train.fingerprint import sha256_file
 
 SUFFIXES = ("labels.parquet", "bin", "idx")  # in the order of renaming: the index comes last
 NO_VALUE, OTHERS = "(none)", "(others)"
-MANY_VALUES = 1000  # label values counted one by one in the manifest; the labels file has all
+MANY_VALUES = 1000  # label values counted one by one in the manifest; the labels file has them all
 
 
 class ShardWriter:
@@ -133,7 +133,7 @@ def _strings(values: list[str | None]) -> Any:
 
 
 def _recode(column: Column, begin: int, end: int, values: dict[str, int]) -> np.ndarray:
-    """The codes of documents ``begin`` to ``end`` by ``values``, to which those that are new are added; int32."""
+    """The codes of documents ``begin`` to ``end`` in ``values``, to which new values are added; int32."""
     codes = column.codes[begin:end]
     places = np.full(len(column.values) + 1, -1, dtype=np.int32)  # the last is that of code -1
     for code in dict.fromkeys(codes[codes >= 0].tolist()):

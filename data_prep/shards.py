@@ -27,7 +27,7 @@ from monet_train.durable import sync
 from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
 
-TASKS_START_SECONDS = 60  # in which the tasks of an array have started, one after the other
+TASKS_START_SECONDS = 60  # within this time the tasks of an array start, one after the other
 ENOUGH_TO_JUDGE = 10_000  # documents seen before too many bad ones stop a run
 
 
@@ -114,17 +114,17 @@ def _prepare(plan: Plan, encoder: Encoder, folder: Path, journal: Journal | None
 
 
 def _restore_missing(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecord]) -> None:
-    """Make again what was finished and is gone since."""
+    """Make again what was finished and has gone missing since."""
     if not plan.tokenizer.is_in(folder):
         plan.tokenizer.copy_to(folder, _task_suffix(plan.options))
     _rebuild(plan, encoder, folder, shards)
 
 
 def _rebuild(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecord]) -> None:
-    """Make this task's shards again whose files are gone or cut short; they must come out as they were recorded."""
+    """Make those of this task's shards again whose files are missing or truncated; they must equal the record."""
     mine = plan.range_of(plan.options.task)
     shards = [shard for shard in shards if shard.start.part in mine]
-    scratch = folder / f".rebuild{_task_suffix(plan.options)}.tmp"  # what is there stays until the new one is right
+    scratch = folder / f".rebuild{_task_suffix(plan.options)}.tmp"  # the old files stay until the new ones are right
     for number, shard in enumerate(shards):
         if is_complete(folder, shard):
             continue
@@ -143,7 +143,7 @@ def _rebuild(plan: Plan, encoder: Encoder, folder: Path, shards: list[ShardRecor
 
 
 def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
-    """A folder that holds anything but other tasks of the same work is left alone."""
+    """Refuse a folder that holds anything but other tasks of the same work."""
     if asked["tasks"] > 1 and (others := sorted(folder.glob("progress-*.jsonl"))):
         there = recipe_of(others[0])
         if there != asked:
@@ -153,7 +153,7 @@ def _refuse_foreign(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def _check_bad_share(log: RejectsLog, kept: int, plan: Plan, enough: int = 1) -> None:
-    """Refuse too many bad documents, once ``enough`` were seen."""
+    """Refuse too many bad documents, once ``enough`` have been seen."""
     seen = kept + sum(log.totals.rejected.values()) + sum(log.totals.filtered.values())
     if seen >= enough:
         refuse_bad_documents(log.totals.rejected, seen, plan.options.max_bad_share, log.path)

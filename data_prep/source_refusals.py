@@ -40,7 +40,7 @@ def dataset_unreadable(source: str, error: Exception) -> UserError:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written as UTF-8: one of a file system or a command line may have other bytes in it."""
+    """Whether a name can be written as UTF-8: names from a file system or a command line may have other bytes."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def is_utf8(name: str) -> bool:
 
 
 def refuse_irregular(path: str) -> None:
-    """Refuse what is not a file that can be read twice."""
+    """Refuse anything but a file that can be read twice."""
     if not Path(path).exists():
         raise UserError(f"source {path} is a dangling link: restore what it leads to, or remove it")
     if not Path(path).is_file():
@@ -80,7 +80,7 @@ def warn_of_links(source: str, count: int) -> None:
 def warn_of_data_files(folder: Path, patterns: Counter[str]) -> None:
     """Say that the data files in a folder of source code are left out, and how to read them."""
     print(
-        f"warning: source {folder}: only its source code is read, left out are {patterns.total()} data file"
-        f"{'s' * (patterns.total() > 1)}: to read them give also {' '.join(sorted(patterns))}",
+        f"warning: source {folder}: only its source code is read, leaving out {patterns.total()} data file"
+        f"{'s' * (patterns.total() > 1)}: to read them too, add {' '.join(sorted(patterns))}",
         file=sys.stderr,
     )

@@ -84,7 +84,7 @@ def list_parts(recipe: Recipe, outside: Path | None = None) -> list[Part]:
     """All parts of a recipe, in order: sources as given, files of a source by name.
 
     Args:
-        outside: the folder that is being made; its files are never a source, whatever matches them.
+        outside: the output folder; its files are never a source, whatever matches them.
 
     Raises:
         UserError: a source matches nothing, cannot be read, has no known format or a name that is not valid UTF-8.
@@ -185,7 +185,7 @@ def _folder_parts(source: Source, folder: Path) -> list[Part]:
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:
-    """The regular files below a folder, links followed (each folder once), without hidden ones."""
+    """The regular files below a folder without the hidden ones; links are followed, each folder once."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -208,7 +208,7 @@ def _group(source: Source, name: str, entries: list[FileEntry]) -> list[Part]:
         group.append(entry)
         bytes_ = Path(entry.path).stat().st_size
         size += bytes_
-        # Below its folder; of an installation, whose place on the machine is not part of the corpus, the name alone.
+        # Relative to its folder. For an installation the name alone: its place is not part of the corpus.
         place = entry.path.removeprefix(name) if entry.path.startswith(name) else Path(entry.path).name
         identity += f"{place} {bytes_}\n"
         if size >= FILES_PART_BYTES or number == len(entries) - 1:
@@ -252,8 +252,8 @@ def _load_hub(name: str, config: str | None, data_dir: str | None, split: str, r
     import datasets
     import fsspec.compression
 
-    fsspec.compression.register_compression("zstd", _open_zstd, "zst", force=True)  # theirs reads small windows alone
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, and we say in one line
+    fsspec.compression.register_compression("zstd", _open_zstd, "zst", force=True)  # theirs reads small windows only
+    datasets.logging.set_verbosity(logging.CRITICAL)  # whatever it logs as an error it also raises
     if (Path(name) / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         raise ValueError("the folder was made by save_to_disk: write the dataset with to_parquet and give those files")
     builder = datasets.load_dataset_builder(name, config, data_dir=data_dir, revision=revision)

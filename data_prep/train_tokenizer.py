@@ -1,4 +1,4 @@
-"""``monet-data tokenizer``: train a SentencePiece model, or take one over, and report how well it fits."""
+"""``monet-data tokenizer``: train a SentencePiece model, or copy an existing one, and report how well it fits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NO_DOCUMENT = "the sources hold no document: check the paths, --text-field and t
 class TokenizerOptions:
     """Settings of the training."""
 
-    vocab_size: int | None  # None: do not train but take ``existing``
+    vocab_size: int | None  # None: do not train, but use ``existing``
     model_type: str = "bpe"  # bpe | unigram
     sample_bytes: int = 100_000_000  # of text to learn from
     normalization: str = "identity"  # SentencePiece's rule: identity | nfkc | nmt_nfkc ...
@@ -41,7 +41,7 @@ class TokenizerOptions:
 
 
 def make_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> dict[str, Any]:
-    """Train a tokenizer into ``folder``, or copy the existing one; with report.json, which is returned.
+    """Train a tokenizer into ``folder``, or copy the existing one, and write report.json, which is returned.
 
     Raises:
         UserError: the folder has another tokenizer, there is no text, or the vocabulary does not fit the text.
@@ -171,7 +171,7 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
             normalization_rule_name=options.normalization,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True,  # as LLaMA's: a word is the same piece at the start and after a space
+            add_dummy_prefix=True,  # as LLaMA's: a word is the same piece at the start of a text and after a space
             split_digits=True,
             byte_fallback=True,
             character_coverage=0.9995,
@@ -180,7 +180,7 @@ def _train(texts: _Sample, options: TokenizerOptions) -> bytes:
             eos_id=2,
             pad_id=-1,
             max_sentence_length=4 * PIECE_CHARS + 4,
-            num_threads=1,  # more change the sums of unigram's training, and so the model
+            num_threads=1,  # with more, the sums of unigram's training change, and so does the model
             minloglevel=2,
         )
     except (RuntimeError, ValueError, OSError) as error:

@@ -21,7 +21,7 @@ from monet_train.fingerprint import sha256_file
 from monet_train.tokenizers import TokenizerRecord, load_tokenizer
 from monet_train.tokenizers.files import TOKENIZER_CONFIG
 
-SCAN_TOKENS = 1 << 24  # read at once
+SCAN_TOKENS = 1 << 24  # read at a time
 
 
 def verify(folder: Path) -> tuple[Manifest, list[str]]:
@@ -56,7 +56,7 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
 
 
 def _readable(findings: Iterator[str], path: Path) -> Iterator[str]:
-    """The findings of a check; that something cannot be read is one, and ends it."""
+    """The findings of a check. Something that cannot be read is a finding too, and ends it."""
     try:
         yield from findings
     except OSError as error:
@@ -95,7 +95,7 @@ def _has_special_tokens(tokenizer: Path, record: TokenizerRecord) -> bool:
 
 
 def _check_shard(folder: Path, record: ShardRecord, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a shard; only the first finding matters."""
+    """What is wrong with a shard. Only the first finding matters."""
     prefix = folder / record.name
     for suffix, expected in record.files.items():
         path = Path(f"{prefix}.{suffix}")

@@ -2,7 +2,7 @@
 
 A window is the part of a text that the decompressor has to hold in memory. The usual bound is 128 MiB, and a frame
 that needs more is refused as if it were damaged. Here windows up to 2 GiB are read, the most that `zstd` itself makes,
-if the memory is there: one file is read at a time, so this is what reading takes at most.
+if the machine has the memory: one file is read at a time, so reading never takes more than that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ else:
 
 ZstdError = zstd.ZstdError
 WINDOW_LOG_MAX = 31
-READ_BYTES = 1 << 19  # compressed bytes read at once
-BLOCK_BYTES = 1 << 20  # decompressed at once
+READ_BYTES = 1 << 19  # compressed bytes read at a time
+BLOCK_BYTES = 1 << 20  # decompressed at a time
 MAGIC = 0xFD2FB528
 HEADER_BYTES = 18  # the longest header of a frame
 GIB = 1 << 30
@@ -39,7 +39,7 @@ class ZstdReader(io.RawIOBase):
 
     Args:
         raw: a binary stream of compressed bytes.
-        path: what errors call it.
+        path: the name to use in errors.
     """
 
     def __init__(self, raw: Any, path: str) -> None:
@@ -50,11 +50,11 @@ class ZstdReader(io.RawIOBase):
         self._data = b""  # read and not decompressed yet
 
     def readable(self) -> bool:
-        """It is."""
+        """True: it can be read."""
         return True
 
     def read(self, size: int | None = -1) -> bytes:
-        """``size`` bytes, or what is left; everything if it is negative or None."""
+        """``size`` bytes, or what is left; everything if ``size`` is negative or None."""
         left = sys.maxsize if size is None or size < 0 else size
         blocks: list[bytes] = []
         while left and (block := self._decompress(min(left, BLOCK_BYTES))):
@@ -63,7 +63,7 @@ class ZstdReader(io.RawIOBase):
         return blocks[0] if len(blocks) == 1 else b"".join(blocks)
 
     def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as it goes; the number of bytes."""
+        """Fill a buffer as far as the data goes; return the number of bytes."""
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -74,7 +74,7 @@ class ZstdReader(io.RawIOBase):
         super().close()
 
     def _decompress(self, most: int) -> bytes:
-        """Some bytes, ``most`` at most; none at the end."""
+        """At least one byte and at most ``most``; none at the end."""
         while self._frame or self._begin_frame():
             if self._frame.needs_input and not (self._data or self._fetch()):
                 raise EOFError("it ends within a frame of zstd")
@@ -92,7 +92,7 @@ class ZstdReader(io.RawIOBase):
         return b""
 
     def _begin_frame(self) -> bool:
-        """Whether there is another frame."""
+        """Start on the next frame; return whether there is one."""
         while len(self._data) < HEADER_BYTES and self._fetch():
             pass
         if not self._data:
@@ -104,14 +104,14 @@ class ZstdReader(io.RawIOBase):
         return True
 
     def _fetch(self) -> bool:
-        """Read on; whether there was something."""
+        """Read some compressed bytes; return whether there were any."""
         more = self._raw.read(READ_BYTES)
         self._data += more
         return bool(more)
 
 
 def window_bytes(header: bytes) -> int:
-    """The memory that a frame needs for its window, from the frame's first bytes; 0 for what is not a data frame."""
+    """The memory that a frame needs for its window, from the frame's first bytes; 0 if it is not a data frame."""
     if len(header) < 6 or struct.unpack_from("<I", header)[0] != MAGIC:
         return 0
     descriptor = header[4]
@@ -125,7 +125,7 @@ def window_bytes(header: bytes) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still be given, as far as the machine tells."""
+    """Bytes that this process may still allocate, as far as the machine says."""
     limits = [1 << 62]
     address_space, proc = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
     if address_space != resource.RLIM_INFINITY:

@@ -18,7 +18,7 @@ def sync(path: Path) -> None:
 def write_atomically(path: Path, data: bytes, writer: str = "") -> None:
     """Write under a temporary name, fsync, rename: a reader sees the old file or the new one, never a part.
 
-    ``writer`` tells apart those who may write the same file at the same time.
+    ``writer`` distinguishes those who may write the same file at the same time.
     """
     temporary = path.with_name(f".{path.name}{writer}.tmp")
     try:

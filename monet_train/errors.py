@@ -24,7 +24,7 @@ T = TypeVar("T")
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong (key or file named) and how to correct it.
 
-    ``alone``: other processes of the run may not have it, so that this one prints it whatever its rank.
+    ``alone``: other processes of the run may not have it, so this one prints it whatever its rank.
     """
 
     def __init__(self, message: str, *, alone: bool = False) -> None:
@@ -40,10 +40,10 @@ def one_line(error: Exception | str) -> str:
 def one_line_errors(main: Callable[[], T], rank: int = 0) -> Callable[[], T]:
     """Decorate a console entry point: a :class:`UserError` becomes one line and exit status 2, Ctrl-C 130.
 
-    So does a full disk, and a name that is too long for any file system, wherever they are first met. An output that
-    is closed before everything was written (``| head``) ends the command silently, status 141, as SIGPIPE would.
+    So do a full disk and a name that is too long for any file system, wherever they occur. An output that is closed
+    before everything is written (``| head``) ends the command silently, status 141, as SIGPIPE would.
 
-    Of several processes the one of rank 0 prints, and whichever has an error of its own; all end with the same status.
+    Of several processes, rank 0 prints, and any that has an error of its own; all end with the same status.
     """
 
     def end(status: int, message: str, prints: bool = True) -> NoReturn:
@@ -103,7 +103,7 @@ def _flush() -> None:
 
 
 def _closed(stream: TextIO | None) -> bool:
-    """Whether ``stream`` is a pipe that nobody reads any more. What is left to write to it is discarded."""
+    """Whether ``stream`` is a pipe without a reader. If so, whatever is still to be written to it is discarded."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)  # type: ignore[union-attr]

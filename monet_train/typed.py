@@ -1,4 +1,4 @@
-"""Checked data classes: a field's type and bounds stand beside it, and one reader and one walker hold values to them.
+"""Checked data classes: types and bounds are declared with the field; one reader and one walker check values by them.
 
 ::
 
@@ -95,7 +95,7 @@ def _within(bound: Bound, value: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """A value as it would stand on the command line."""
+    """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -120,7 +120,7 @@ def leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def from_json(kind: Any, value: Any, name: str) -> Any:
-    """A dataclass (or a part of one) from its JSON form: the inverse of ``dataclasses.asdict``, with all types checked.
+    """A dataclass (or a part of one) from JSON: the inverse of ``dataclasses.asdict``, with all types checked.
 
     Raises:
         ValueError: a field is missing, unknown or of another type, or a number that counts something is negative.

@@ -39,7 +39,7 @@ def find_resume(choice: str, folder: Path) -> Path | None:
 
 
 def check_complete(checkpoint: Path) -> None:
-    """Refuse a checkpoint of which a file is missing or truncated, naming the file. Only reads the folder."""
+    """Refuse a checkpoint with a missing or truncated file, naming the file. Only reads the folder."""
     for name, size in Description.read(checkpoint).files.items():
         file = checkpoint / name
         if not file.is_file():
@@ -55,7 +55,7 @@ def check_same_run(checkpoint: Path, identity: dict[str, dict[str, Any]]) -> Non
     saved = Description.read(checkpoint).identity
     for section, values in identity.items():
         if section not in saved:
-            continue  # of a checkpoint older than the section
+            continue  # the checkpoint is older than this section
         for key in values | saved[section]:
             before, now = saved[section].get(key), values.get(key)
             if before != now:

@@ -1,4 +1,4 @@
-"""Writing checkpoints: everything a run needs to resume bit for bit, and the model in a form that opens without it.
+"""Writing checkpoints: all that a run needs to resume bit for bit, and the whole model, which opens without the rest.
 
 A folder gets its final name only when every rank has written its part; ``checkpoints/latest`` names the newest.
 """
@@ -56,7 +56,7 @@ class CheckpointWriter:
         self.zero_stage, self.tokenizer = zero_stage, tokenizer
 
     def save(self, training: TrainingState) -> None:
-        """Write a checkpoint. Every rank calls it; a run that is killed meanwhile keeps the one before.
+        """Write a checkpoint. Every rank calls it. A run that is killed meanwhile keeps the one before.
 
         Raises:
             UserError: the disk is full, for this rank at least.
@@ -111,7 +111,7 @@ class CheckpointWriter:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether a failed write met a full disk. torch and safetensors say so in their own words."""
+    """Whether a write failed because the disk is full. torch and safetensors have their own words for it."""
     if isinstance(error, OSError):
         return error.errno in FULL
     words = "No space left|Disk quota exceeded|file write failed|PytorchStreamWriter|inline_container"

@@ -1,4 +1,4 @@
-"""What a checkpoint saves and restores, seen from below: the trainer has these parts, and these only count here."""
+"""What a checkpoint saves and restores: the parts of a trainer that matter here, without importing the trainer."""
 
 from __future__ import annotations
 

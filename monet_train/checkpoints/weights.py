@@ -1,6 +1,6 @@
 """Model files of a checkpoint: ``config.json`` and the weights under their published names.
 
-A published or exported Hugging Face folder and a step folder of a training have the same ones.
+A Hugging Face folder, published or exported, and a step folder of a run have the same ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMMON_FIELDS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "use_cache": True,
 }
-# Those of which another value would load and then compute something else.
+# Fields that have to have these values: with others the weights would load, and compute something else.
 ONLY_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("relu2", None),
     "attention_bias": (False, None),
@@ -55,7 +55,7 @@ def read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing: {WHOLE}") from None
-    except ValueError as error:  # broken JSON, or not text at all
+    except ValueError as error:  # broken JSON, or not even text
         raise UserError(f"{file} is not valid JSON ({error}): {WHOLE}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} does not hold a JSON object: {WHOLE}")
@@ -127,7 +127,7 @@ def check_weights(weights: dict[str, Tensor], config: MonetConfig, folder: Path)
 
 
 def write_model(folder: Path, state: dict[str, Tensor], config: MonetConfig, tokenizer: StoredTokenizer | None) -> None:
-    """Write the whole model into a step folder, so that export and inspection read it without the training's files.
+    """Write the whole model into a step folder, so that export and inspection can read it without the run's files.
 
     Args:
         state: parameters and buffers under their published names, on the CPU.

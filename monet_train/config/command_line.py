@@ -36,7 +36,7 @@ class Command:
 
 
 def read_command(arguments: list[str]) -> Command | None:
-    """Read the arguments of the command line. None if they ask to see something, which this shows.
+    """Read the arguments of the command line. None if they only ask to see something, which is shown here.
 
     Raises:
         UserError: an argument is unknown, or two contradict each other.
@@ -47,7 +47,7 @@ def read_command(arguments: list[str]) -> Command | None:
         raise UserError(f"{message}; see monet-train --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    if "--version" in arguments:  # Hydra's parser would tell its own
+    if "--version" in arguments:  # Hydra's parser would print its own
         print(f"monet-train {version('monet-train')}")
         return None
     options = parser.parse_intermixed_args(arguments)
@@ -86,9 +86,9 @@ def _show(arguments: list[str]) -> None:
 
 @contextmanager
 def _process_of_hydra(arguments: list[str]) -> Iterator[None]:
-    """Set what Hydra reads of its process and, afterwards, put back what was there.
+    """Set what Hydra reads from the process, and restore it afterwards.
 
-    The signal: Hydra also prints by logging, which would report a closed output at length; here is nothing to lose.
+    The signal: Hydra also prints by logging, which would report a closed output at length; nothing is lost here.
     The variable: Hydra raises its errors, instead of printing a report of its own.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

@@ -25,7 +25,7 @@ from monet_train.config.schema import TrainConfig
 from monet_train.errors import UserError
 
 PRIMARY = "train"  # conf/train.yaml
-VERSION_BASE = "1.3"  # of Hydra: whose defaults are meant
+VERSION_BASE = "1.3"  # the version of Hydra whose defaults are meant
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 
@@ -56,9 +56,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> TrainCo
 def composition(config_dir: Path | None = None) -> Iterator[ConfigLoader]:
     """Hydra, ready to compose within the ``with`` block, where its errors become one line each."""
     if config_dir is not None and not config_dir.is_dir():
-        raise UserError(
-            f"--config-dir {config_dir} is not a folder; give one that holds experiment/NAME.yaml or the like"
-        )
+        raise UserError(f"--config-dir {config_dir} is not a folder; give one that holds, say, experiment/NAME.yaml")
     version.setbase(VERSION_BASE)
     search_path = create_config_search_path(str(config_folder()))
     if config_dir is not None:
@@ -91,7 +89,7 @@ def groups(loader: ConfigLoader) -> Groups:
 
 
 def to_typed(composed: DictConfig) -> TrainConfig:
-    """The dataclasses behind a composed configuration; keys that must be given are."""
+    """The dataclasses behind a composed configuration, with all keys that must be given."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         hint = "; give the folder that monet-data shards wrote" if missing == ["data.path"] else ""

@@ -1,4 +1,4 @@
-"""What stands on the command line, held against the schema before Hydra composes anything.
+"""The overrides of the command line, compared with the schema before Hydra composes anything.
 
 Hydra would accept some of it (a deleted key, a key that nothing reads) and explain the rest in paragraphs of its own.
 """
@@ -29,11 +29,11 @@ def parse_overrides(overrides: Iterable[str], groups: Groups, sweeper: ConfigLoa
     """The overrides of a command line, each checked against the schema and the groups of ``conf/``.
 
     Args:
-        sweeper: where a key may have several values, as in ``optimizer.lr=1e-3,2e-3``: what the ``glob(*)`` of a group
-            is looked up in.
+        sweeper: given if a key may have several values, as in ``optimizer.lr=1e-3,2e-3``; it resolves the ``glob(*)``
+            of a group.
 
     Raises:
-        UserError: one line that names the first override that cannot be, and the remedy.
+        UserError: one line that names the first invalid override, and the remedy.
     """
     parser = OverridesParser.create(config_loader=sweeper)
     parsed = []
@@ -103,7 +103,7 @@ def _check_name(override: Override, groups: Groups) -> None:
     text, name = str(override.input_line), override.key_or_group
     if name == "hydra" or name.startswith(("hydra.", "hydra/")):
         raise UserError(
-            f"{text}: monet-train reads no settings of Hydra's; leave it out (run.dir says where a run lives)"
+            f"{text}: monet-train reads no settings of Hydra; leave it out (run.dir says where a run lives)"
         )
     if override.package is not None:
         raise UserError(f"{text}: a group has one place; write {name}=OPTION")
@@ -128,7 +128,7 @@ def _instead_of_deleting(name: str, groups: Groups) -> str:
 
 
 def _off(key: str) -> str:
-    """A value that means as little as possible: null where a key may have it, else its default."""
+    """The value that comes closest to deleting a key: null if it may have that, else its default."""
     if type(None) in getattr(key_type(key), "__args__", ()):
         return "null"
     default = dict(leaves(TrainConfig))[key].default

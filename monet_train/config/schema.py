@@ -13,7 +13,7 @@ from typing import Any
 from monet_train.model.config import MonetConfig
 from monet_train.typed import above, at_least, bounded, not_empty, one_of, share
 
-MISSING: Any = "???"  # OmegaConf's marker of a value that must be given; conf/ gives it, or the user
+MISSING: Any = "???"  # OmegaConf's marker of a value that must be given, by conf/ or by the user
 
 
 @dataclass
@@ -65,7 +65,7 @@ class OptimizerSection:
 class ScheduleSection:
     """How the learning rate moves, which the group ``schedule`` chooses.
 
-    Linear warm-up to the peak, then cosine decay to ``final`` of it: not published, but what the field does.
+    Linear warm-up to the peak, then cosine decay to ``final`` of it. Not published, but what the field does.
     """
 
     name: str = not_empty(MISSING)  # in training/schedules.py
@@ -125,7 +125,7 @@ class CheckpointSection:
 
 @dataclass
 class WandbSection:
-    """Weights & Biases. ``offline`` writes into the run folder, ``online`` sends, ``disabled`` does without."""
+    """Weights & Biases. ``offline`` writes into the run folder, ``online`` sends, ``disabled`` turns it off."""
 
     mode: str = one_of("offline", "online", "disabled", default="offline")
     project: str = not_empty("monet_train")

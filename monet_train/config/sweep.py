@@ -34,7 +34,7 @@ def sweep_jobs(overrides: Sequence[str], config_dir: Path | None = None) -> list
     ``runs/nano-optimizer.lr_1e-3``.
 
     Raises:
-        UserError: a value of any job cannot be, or two jobs are the same.
+        UserError: a value of a job is invalid, or two jobs are the same.
     """
     with composition(config_dir) as loader:
         options = groups(loader)
@@ -48,7 +48,7 @@ def sweep_jobs(overrides: Sequence[str], config_dir: Path | None = None) -> list
             jobs.append((values, to_typed(hydra.compose(PRIMARY, combination))))
     for values, _ in jobs:
         if [other for other, _ in jobs].count(values) > 1:
-            raise UserError(f"{' '.join(values)} is there twice in this sweep: give each value once")
+            raise UserError(f"{' '.join(values)} occurs twice in this sweep: give each value once")
     values_of_jobs = [values for values, _ in jobs]
     names = _distinct([config.run.name for _, config in jobs], values_of_jobs, options)
     folders = _distinct([str(Path(config.run.dir)) for _, config in jobs], values_of_jobs, options)
@@ -58,7 +58,7 @@ def sweep_jobs(overrides: Sequence[str], config_dir: Path | None = None) -> list
 
 
 def _distinct(texts: list[str], values: list[list[str]], options: Iterable[str]) -> list[str]:
-    """The texts, each with the values of its job appended where two would be the same.
+    """The texts, with the values of each job appended where two would be the same.
 
     The values of ``run.name``, ``run.dir`` and of groups are left out if the others are enough.
     """

@@ -76,7 +76,7 @@ def indices(
 
 
 def collate(sequences: list[TokenSequence]) -> Batch:
-    """Stack sequences along a new first axis. All have segments (positions) or none has; a mask may be that of some."""
+    """Stack sequences along a new first axis. All have segments (positions) or none has; only some may have a mask."""
     return Batch(
         torch.stack([sequence.tokens for sequence in sequences]),
         _stack([sequence.segment_ids for sequence in sequences]),
@@ -102,7 +102,7 @@ def _stack_masks(sequences: list[TokenSequence]) -> torch.Tensor | None:
 
 
 class MicroBatches:
-    """The micro-batches of a data rank, read ahead by a thread. Steps may be asked for in any order; the next is fast.
+    """The micro-batches of a data rank, read ahead by a thread. Steps may be read in any order; the next one is fast.
 
     ``wait_seconds`` adds up the time that the caller waited for data.
     """

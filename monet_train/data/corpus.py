@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from monet_train.config.schema import DataSection
 
 BLEND_PERIOD = 1 << 16
-SPLIT_BLOCK = 1 << 20  # documents hashed at once
+SPLIT_BLOCK = 1 << 20  # documents hashed at a time
 
 
 class Reading(NamedTuple):
@@ -59,10 +59,10 @@ class Corpus:
     train: PackedSequences | Blend
     valid: Blend | None
     identity: dict[str, Any]  # what decides the order of sequences, by key
-    vocab_size: int  # of the tokenizer; of the model where the shards do not tell
+    vocab_size: int  # the tokenizer's; the model's where the shards do not say
     tokenizer: StoredTokenizer | None
     train_tokens: int  # in one epoch
-    valid_tokens: int  # of the documents held out, whether they are read or not
+    valid_tokens: int  # of the held-out documents, whether they are read or not
     documents: int  # training and held-out
     readings: list[Reading]  # by path with weights, otherwise one of all paths
 
@@ -80,7 +80,7 @@ class Corpus:
 def check_shards(config: DataSection, vocab_size: int) -> None:
     """Check all shards against their index, their manifest and the model's vocabulary, without reading them.
 
-    Needs no process group and takes a moment whatever the size of the corpus.
+    It needs no process group, and takes a moment whatever the size of the corpus.
 
     Raises:
         UserError: one line that names the file and the remedy.
@@ -101,8 +101,8 @@ def open_corpus(
 ) -> Corpus:
     """Open the shards of ``config.path``. No collective operation: every rank may call it, or one alone.
 
-    Without ``config.weights`` the documents of all paths are one pool, shuffled together: each is read once an
-    epoch. With weights each path has epochs of its own and sequence ``i`` is taken from the paths in turn.
+    Without ``config.weights`` the documents of all paths are one pool, shuffled together: each is read once per
+    epoch. With weights each path has epochs of its own, and sequence ``i`` is taken from the paths in turn.
 
     Args:
         seq_length: input tokens of a sequence.
@@ -144,7 +144,7 @@ def open_corpus(
     counts = train.counts() if isinstance(train, Blend) else [train_sequences]
     valid = None
     if config.validation_fraction and valid_sequences:
-        # A path of which nothing can be held out is left out of the evaluation, unless it is the only one.
+        # A path with nothing to hold out is left out of the evaluation, unless it is the only one.
         able = [number for number, split in enumerate(splits) if split.facts["valid_tokens"]] or [0]
         held_out = [packed(number, True, valid_sequences) for number in able]
         sizes = [part.per_epoch for part in held_out]
@@ -178,7 +178,7 @@ def open_corpus(
 def _too_short(
     split: _Split, pool: list[ShardSet], held_out: bool, seq_length: int, validation_fraction: float
 ) -> UserError:
-    """What helps where the training or the held-out documents do not make one sequence."""
+    """The refusal where the training or the held-out documents do not make one sequence, with what helps."""
     where = f"data.path {', '.join(str(shard_set.path) for shard_set in pool)}"
     train, valid, documents = (split.facts[name] for name in ("train_tokens", "valid_tokens", "documents"))
     needs = f"a sequence needs {seq_length + 1:,}"
@@ -187,7 +187,7 @@ def _too_short(
         return UserError(f"{where} has only {train + valid:,} tokens, {needs}: add text, or lower train.seq_length")
     if not held_out:
         return UserError(
-            f"{where}: for training are {train:,} of {train + valid:,} tokens, {needs}: the other documents are held "
+            f"{where}: {train:,} of {train + valid:,} tokens are for training, {needs}: the other documents are held "
             f"out (data.validation_fraction={validation_fraction}); set data.validation_fraction=0 to train on all, "
             "prepare the text as more documents, or lower train.seq_length"
         )
@@ -197,7 +197,7 @@ def _too_short(
             "the text as several documents"
         )
     return UserError(
-        f"{where}: held out are {valid:,} of {train + valid:,} tokens, {needs}: raise data.validation_fraction "
+        f"{where}: {valid:,} of {train + valid:,} tokens are held out, {needs}: raise data.validation_fraction "
         f"(now {validation_fraction}), set {no_evaluation}, or lower train.seq_length"
     )
 
@@ -298,7 +298,7 @@ class _Split:
 def held_out_mask(documents: int, fraction: float) -> np.ndarray:
     """Which of ``documents`` documents are held out, bool [documents].
 
-    At least one if any are asked for, and never all: an only document is trained on.
+    At least one if the fraction is not 0, and never all: a corpus of one document is trained on.
     """
     mask = np.zeros(documents, dtype=bool)
     if fraction <= 0:
@@ -342,7 +342,7 @@ def _open_sets(config: DataSection, vocab_size: int) -> list[ShardSet]:
     for shard_set in sets:
         check_tokenizer(shard_set)
         for shard in shard_set.shards:
-            # Its documents would have two numbers, of which one may be trained and the other held out.
+            # Its documents would have two numbers: one might be trained on and the other held out.
             file = shard.bin.resolve()
             if file in owners:
                 raise UserError(

@@ -1,8 +1,8 @@
 """Megatron's ``.bin``/``.idx`` format: an index is read and written here without importing Megatron.
 
-Its ``IndexedDatasetBuilder`` is the reference, and a test holds this module to it byte for byte; but importing it
-costs five seconds of processor time and 370 MB (transformer layers, inference, compilers), in which two processes
-tokenize fifty megabytes. No moment hides that: all cores are busy until the last shard.
+Its ``IndexedDatasetBuilder`` is the reference, and a test compares the two byte for byte. But importing it costs five
+seconds of processor time and 370 MB (transformer layers, inference, compilers). In that time two processes tokenize
+fifty megabytes, and nothing hides it: all cores are busy until the last shard.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def read_index(prefix: Path) -> Index:
     raw = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r", offset=HEADER_BYTES)
     lengths, rest = np.split(raw, [4 * header.sequences])
     pointers, rest = np.split(rest, [8 * header.sequences])
-    borders = rest[: 8 * (header.documents + 1)]  # behind them, in a multimodal index, the modes
+    borders = rest[: 8 * (header.documents + 1)]  # in a multimodal index the modes follow
     return Index(lengths.view(np.int32), pointers.view(np.int64), borders.view(np.int64))
 
 
@@ -118,7 +118,7 @@ def check_index(prefix: Path, block: int = CHECKED_AT_ONCE) -> None:
     """Check everything in an index, in one pass: the sequences fill the ``.bin`` one after the other.
 
     Args:
-        block: sequences checked at once, which bounds the memory.
+        block: sequences checked at a time, which bounds the memory.
 
     Raises:
         UserError: as ``read_index_header``; a length is negative, a pointer is not the sum of the lengths before it, or

@@ -1,4 +1,4 @@
-"""Language, domain and source of documents: what lies beside the shards for the analysis of experts."""
+"""Language, domain and source of documents, kept beside the shards for the analysis of experts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CACHE_BYTES = 256 << 20  # row groups kept for documents that are asked for by n
 def read_labels(
     prefix: Path, documents: slice | Sequence[int] | np.ndarray | None = None, columns: Iterable[str] | None = None
 ) -> Any:
-    """The labels of some documents of a shard, a column each.
+    """The labels of some documents of a shard, one column per label.
 
     Text columns are dictionaries: ``table["lang"].chunk(0)`` has ``indices`` [documents] and ``dictionary``, so that
     counting and averaging by label needs no Python object per document.
 
     Args:
         prefix: the shard, without suffix; ``PackedSequences.pieces`` gives it for a training sequence.
-        documents: a range (as of a list), or numbers in any order and with repetitions; None: all.
-        columns: of ``lang``, ``domain``, ``source``, ``bytes`` and, if there are any, ``id``; None: all.
+        documents: a slice, or numbers in any order and with repetitions; None: all.
+        columns: from ``lang``, ``domain``, ``source``, ``bytes`` and, if there are any, ``id``; None: all.
 
     Returns:
-        A ``pyarrow.Table`` with a row per document, in the order asked for, each column in one chunk. Besides it, at
+        A ``pyarrow.Table`` with one row per document, in the order asked for, each column in one chunk. Besides it, at
         most one row group of the file (a million documents) and CACHE_BYTES are in memory.
 
     Raises:
@@ -90,17 +90,17 @@ def _file(prefix: Path) -> Path:
 
 
 def _version(prefix: Path) -> tuple[int, ...]:
-    """Tells a file that was written anew from the one before."""
+    """Distinguishes a file that was rewritten from the one before."""
     try:
         stat = _file(prefix).stat()
     except OSError:
-        return ()  # opening it says what is wrong
+        return ()  # opening it will say what is wrong
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @lru_cache(maxsize=1024)
 def _layout(prefix: Path, version: tuple[int, ...]) -> _Layout:
-    """Of a shard's labels, without reading them."""
+    """The layout of a shard's labels, without reading them."""
     with _opened(prefix) as file:
         groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         return _Layout(np.cumsum([0, *groups], dtype=np.int64), tuple(file.schema_arrow.names))
@@ -114,10 +114,10 @@ def _read_group(prefix: Path, number: int, columns: tuple[str, ...]) -> Any:
 
 
 class RowGroups:
-    """Row groups of shards' labels, of which the last ones that were asked for are kept in memory.
+    """Row groups of shards' labels; those that were asked for last are kept in memory.
 
     Args:
-        limit: bytes kept; the last one always is.
+        limit: bytes to keep; the last one always stays.
     """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
@@ -147,7 +147,7 @@ _row_groups = RowGroups()
 
 
 def _take(table: Any, rows: np.ndarray) -> Any:
-    """The ``rows`` of a table, which go up; neighbours without a copy."""
+    """The ``rows`` of a table, in ascending order; neighbours without a copy."""
     if rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
         return table.slice(int(rows[0]), len(rows))
     return table.take(rows)

@@ -56,7 +56,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole folder. Holds no time and no machine path, so equal work gives equal bytes."""
+    """The whole folder. It has neither a time nor a path of the machine, so equal work gives equal bytes."""
 
     tokenizer: TokenizerRecord
     dtype: str
@@ -112,7 +112,7 @@ class Manifest:
 
 
 def check_recipe(recipe: dict[str, Any]) -> None:
-    """Check what of a recipe is not only compared.
+    """Check the parts of a recipe that are used for more than comparing.
 
     Raises:
         ValueError: it is missing or of another type.

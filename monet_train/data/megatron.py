@@ -3,8 +3,8 @@
 The import takes seconds and warns about NVIDIA packages that shards do not need: ``monet-data`` works without it
 (see ``index_file``).
 
-A warning of our own: an IndexedDataset closes its memory map when it is collected, whatever arrays still look
-into it. Copy what outlives the dataset.
+Beware: an IndexedDataset closes its memory map when it is collected, even if arrays still point into it. Copy what
+must outlive the dataset.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from monet_train.errors import UserError
 from monet_train.fingerprint import cache_name
 
 UNREADABLE = (OSError, EOFError, ValueError)  # what numpy and json raise for files that are cut short or damaged
-OPEN_SHARDS = 256  # memory maps held open at once; each costs file descriptors
+OPEN_SHARDS = 256  # memory maps held open at a time; each costs file descriptors
 CACHE_FROM_DOCUMENTS = 1_000_000  # smaller indices are built in memory in well under a second
 
 
@@ -43,10 +43,10 @@ class TokenSequence(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A stretch of one document, in the place where a sequence has it."""
+    """A stretch of one document that is part of a sequence."""
 
     shard: Path  # prefix of the ``.bin``/``.idx`` pair
-    document: int  # number in the shard (of the sequence, where Megatron's tools cut documents into several)
+    document: int  # number in the shard (of the sequence, if Megatron's tools cut documents into several)
     offset: int  # first token
     length: int  # tokens
 
@@ -143,8 +143,8 @@ class DocumentStore:
 class PackedSequences(torch.utils.data.Dataset[TokenSequence]):
     """Sequence ``i`` of an endless series of epochs; ``len()`` is the number that was asked for.
 
-    Epoch ``e`` holds sequences ``[e*n, (e+1)*n)`` with ``n = per_epoch``: every token of the split once, but
-    for fewer than ``seq_length`` ones at its end. Any non-negative index may be read.
+    Epoch ``e`` holds sequences ``[e*n, (e+1)*n)`` with ``n = per_epoch``: every token of the split once, except
+    for fewer than ``seq_length`` at its end. Any non-negative index may be read.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class IndexCache:
     """Epoch indices as memory-mapped files, so that the processes of a node share them.
 
     Each is written under a temporary name, fsynced and renamed: processes that race (also on a file system without
-    locks) at worst do the same work twice; the lock spares them that. One that cannot be read is built again.
+    locks) at worst do the same work twice, which the lock avoids. An index that cannot be read is built again.
     """
 
     def __init__(self, folder: Path, from_documents: int = CACHE_FROM_DOCUMENTS) -> None:
@@ -239,7 +239,7 @@ class IndexCache:
         return documents >= self._from_documents
 
     def load(self, key: str, build: Callable[[], EpochIndex]) -> EpochIndex:
-        """The index of ``key``, built if nobody has yet or if what is there is damaged."""
+        """The index of ``key``, built if it is not there yet or is damaged."""
         final = self._path(key)
         with contextlib.suppress(*UNREADABLE):
             return _read_epoch(final)
@@ -312,7 +312,7 @@ def _mendable(folder: Path) -> Iterator[None]:
 def _node_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
-    with contextlib.suppress(NotImplementedError, OSError):  # a file system without locks: continue without
+    with contextlib.suppress(NotImplementedError, OSError):  # on a file system without locks, continue without one
         lock.acquire()
     try:
         yield

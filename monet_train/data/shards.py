@@ -1,4 +1,4 @@
-"""Finding and checking ``.bin``/``.idx`` pairs, cheaply and before anything is trained."""
+"""Finding and checking ``.bin``/``.idx`` pairs, cheaply and before any training."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def data_paths(path: Any) -> list[Path]:
         raise UserError("data.path is not set: give a folder made by `monet-data shards`, data.path=FOLDER")
     for entry in entries:
         if "://" in str(entry):
-            raise UserError(f"data.path: {entry} is an address, shards are memory-mapped: copy them to a file system")
+            raise UserError(
+                f"data.path: {entry} is an address, but shards are memory-mapped: copy them to a file system"
+            )
     return paths
 
 
@@ -123,12 +125,12 @@ def check_tokenizer(shard_set: ShardSet) -> None:
     """Refuse a shard folder without the tokenizer that made it: every checkpoint gets a copy of it.
 
     Raises:
-        UserError: the file is missing, or another one than the manifest says.
+        UserError: the file is missing, or is not the one that the manifest names.
     """
     if shard_set.manifest is None:
         return
     file = shard_set.path / shard_set.manifest.tokenizer.file
-    remedy = f"put the tokenizer there that made the shards ({MANIFEST_NAME} has its SHA-256)"
+    remedy = f"put the tokenizer that made the shards there ({MANIFEST_NAME} has its SHA-256)"
     if not file.is_file():
         raise UserError(f"{file} is missing: {remedy}")
     if sha256_file(file) != shard_set.manifest.tokenizer.sha256:

@@ -22,7 +22,7 @@ from monet_train.tokenizers.probes import PROBES, probe_texts
 from monet_train.tokenizers.special_tokens import read_companion
 
 # Settings that an export takes over from the tokenizer's own tokenizer_config.json. The others rebuild the tokenizer
-# (its class, `add_prefix_space`), add something to a text (`add_bos_token`) or are made anew below.
+# (its class, `add_prefix_space`), add something to a text (`add_bos_token`) or are made below.
 KEPT_SETTINGS = (
     "model_max_length", "padding_side", "truncation_side", "chat_template", "chat_control_tokens", "response_template",
 )  # fmt: skip

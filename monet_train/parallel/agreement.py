@@ -1,4 +1,4 @@
-"""Agreement between the ranks: what one refuses all refuse, and what the main rank knows all know."""
+"""Agreement between the ranks: if one refuses, all refuse; what the main rank knows, all know."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def agree(check: Callable[[], T]) -> T:
-    """Run ``check`` on every rank and return its result; if any rank refuses, all do, and none waits for the others.
+    """Run ``check`` on every rank and return its result. If any rank refuses, all do, and none waits for the others.
 
     Raises:
-        UserError: that of the first rank that has one, on every rank.
+        UserError: on every rank, the error of the first rank that has one.
     """
     error: UserError | None = None
     try:

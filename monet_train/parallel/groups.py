@@ -1,4 +1,4 @@
-"""Data- and tensor-parallel groups: Megatron's, and the view of them that DeepSpeed asks for."""
+"""Data- and tensor-parallel process groups: Megatron's, and the view of them that DeepSpeed needs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from monet_train.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-_group_numbers = itertools.count()  # of the process groups that this process was in: each has keys of its own
+_group_numbers = itertools.count()  # numbers the process groups of this process: each uses its own keys of the store
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
-    local_size: int = 1  # processes on this host, as far as the launcher tells
+    local_size: int = 1  # processes on this host, if the launcher says
     cpus: int | None = None  # that the launcher reserved for this process
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ def resolve_device(name: str, launch: Launch) -> torch.device:
             alone=launch.local_rank == 0,
         )
     visible = torch.cuda.device_count()
-    if visible == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # srun shows each task the one GPU that is its own
+    if visible == 1 and "SLURM_GPUS_PER_TASK" in os.environ:  # srun shows each task only its own GPU
         return torch.device("cuda", 0)
     if launch.local_rank >= visible:
         raise UserError(
@@ -100,7 +100,7 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # DeepSpeed reads these, whoever launched; LOCAL_RANK is the number of its GPU
+    # DeepSpeed reads these, whatever the launcher; LOCAL_RANK is the number of its GPU
     number = launch.local_rank if device.index is None else device.index
     os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.world_size), LOCAL_RANK=str(number))
     if launch.world_size == 1:
@@ -118,7 +118,7 @@ def start_process_group(launch: Launch, device: torch.device) -> None:
 
 @lru_cache(maxsize=1)
 def _rendezvous(launch: Launch) -> dist.Store:
-    """The store that the processes meet in. It lives as long as they do: the runs of a sweep meet in turn."""
+    """The store in which the processes meet. It lives as long as they do, for all runs of a sweep."""
     store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.world_size, timeout=COLLECTIVE_TIMEOUT))
     return store
 

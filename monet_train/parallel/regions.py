@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The same value; its gradient is added over the ranks, each of which has that of its share."""
+    """The same value. Its gradient is added over the ranks, since each has only that of its share."""
     return _Enter.apply(x, group)
 
 
 def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Partial sums added over the ranks; the gradient is that of the sum on each."""
+    """Partial sums, added over the ranks. Each rank gets the gradient of the sum."""
     return _Leave.apply(x, group)
 
 

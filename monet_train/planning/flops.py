@@ -98,5 +98,5 @@ class WorkDone:
 
 
 def _of_sides(flops: tuple[float, float], shares: Sequence[float]) -> float:
-    """The work on the half-experts of both sides, of which so large a share is done."""
+    """The work on both sides, of which only these shares are done."""
     return flops[0] * shares[0] + flops[1] * shares[1]

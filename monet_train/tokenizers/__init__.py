@@ -1,7 +1,7 @@
 """Tokenizers: one record, one loader, one place that knows file names and what a tokenizer adds to a text.
 
 A text becomes the same ids everywhere, in shards, in ``monet-generate`` and in an export: those of its characters
-alone. Nothing is put in front of it or behind it, nothing is cut off, merges are not dropped at random, and the name
+alone. Nothing is added before or after it, nothing is cut off, no merges are dropped at random, and the name
 of a special token in a text is text.
 """
 

@@ -30,7 +30,7 @@ def read_model(file: Path) -> Any:
     Raises:
         UserError: the file is not a SentencePiece model.
     """
-    model: Any = spm_pb2.ModelProto()  # type: ignore[attr-defined]  # made at run time
+    model: Any = spm_pb2.ModelProto()  # type: ignore[attr-defined]  # generated at run time
     try:
         model.ParseFromString(file.read_bytes())
     except Exception as error:  # protobuf's DecodeError
@@ -114,7 +114,7 @@ def _model(proto: Any, file: Path) -> models.Model:
 
 
 def _scores(proto: Any) -> list[float]:
-    """The scores of a unigram model's pieces, so low for those that no text may spell out that none does.
+    """The scores of a unigram model's pieces; those that no text may spell out are so low that no text does.
 
     SentencePiece never looks for a control symbol or a byte piece in a text, the tokenizers library does. The score of
     an unknown character goes down with them: as long as no piece has a character that is not a piece too, such a

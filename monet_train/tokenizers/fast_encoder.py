@@ -14,7 +14,7 @@ from monet_train.errors import UserError
 from monet_train.tokenizers.convert_sentencepiece import BPE, USER_DEFINED, convert_sentencepiece, read_model
 from monet_train.tokenizers.probes import probe_texts
 
-COMPARED_CALLS = 16  # one call in so many is compared with the tokenizer's own library
+COMPARED_CALLS = 16  # one call in this many is compared with the tokenizer's own library
 COMPARED_CHARS = 200  # of its first text
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -52,19 +52,19 @@ class FastEncoder:
             names: how special and added tokens are written; see ``probe_texts``, on which the ids have to be the same.
         """
         os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")  # the worker processes are the parallelism
-        probes = probe_texts(names)  # where a model cannot write `<` or `x`, this package reads `<0x0A>` as the byte
+        probes = probe_texts(names)  # where a model has no `<` or `x`, this package reads `<0x0A>` as the byte
         try:
             import fastokens
 
             encoder = cls(fastokens.Tokenizer.from_json_str(description), by_library)
             same = encoder._flat(probes).lists() == by_library(probes)
-        except (ImportError, ValueError, RuntimeError):  # not installed, or a tokenizer of parts that it does not have
+        except (ImportError, ValueError, RuntimeError):  # not installed, or the tokenizer has unknown parts
             return None
         return encoder if same else None
 
     @classmethod
     def for_sentencepiece(cls, path: Path, by_library: Encode, special: Iterable[str]) -> FastEncoder | None:
-        """The encoder of a SentencePiece model: for BPE with byte fallback and without symbols of the user's."""
+        """The encoder of a SentencePiece model: for BPE with byte fallback and without user-defined symbols."""
         model = read_model(path)
         if model.trainer_spec.model_type != BPE or not model.trainer_spec.byte_fallback:
             return None
@@ -74,7 +74,7 @@ class FastEncoder:
         return cls.for_json(description, by_library, special)
 
     def compare_next(self) -> None:
-        """A process begins to encode: its first call is compared, and then every COMPARED_CALLS-th."""
+        """A process starts encoding: its first call is compared, then every COMPARED_CALLS-th."""
         self._calls = count()
 
     def encode(self, texts: list[str]) -> FlatIds:

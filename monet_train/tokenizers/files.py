@@ -11,13 +11,13 @@ from monet_train.tokenizers.record import TokenizerRecord
 
 SENTENCEPIECE_MODEL = "tokenizer.model"
 TOKENIZER_JSON = "tokenizer.json"
-# In the order of preference: beside a SentencePiece model a tokenizer.json is a conversion of it.
+# In order of preference: a tokenizer.json beside a SentencePiece model is a conversion of it.
 TOKENIZER_FILES = (SENTENCEPIECE_MODEL, TOKENIZER_JSON)
 TOKENIZER_CONFIG = "tokenizer_config.json"  # names the special tokens of a tokenizer.json
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # so does this one, of older tokenizers
 CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of further templates
-# What belongs to a tokenizer and is copied with it. Never the other tokenizer file: it would be found in its place.
+# What belongs to a tokenizer and is copied with it. Never the other tokenizer file: it would be found instead.
 COMPANIONS = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, "added_tokens.json", CHAT_TEMPLATE, f"{CHAT_TEMPLATES}/*.jinja")
 
 
@@ -31,14 +31,14 @@ class StoredTokenizer:
         """Put the tokenizer and its companions into a folder, durably, so that ``find_tokenizer`` finds it there.
 
         Args:
-            writer: tells apart those who may write the same file at the same time; see ``write_atomically``.
+            writer: distinguishes writers of the same file at the same time; see ``write_atomically``.
         """
         for name, file in self._files().items():
             (folder / name).parent.mkdir(exist_ok=True)
             write_atomically(folder / name, file.read_bytes(), writer)
 
     def is_in(self, folder: Path) -> bool:
-        """Whether a folder has every file that ``copy_to`` puts there; what is in them is not compared."""
+        """Whether a folder has every file that ``copy_to`` puts there; their contents are not compared."""
         return all((folder / name).is_file() for name in self._files())
 
     def _files(self) -> dict[str, Path]:

@@ -18,11 +18,11 @@ from monet_train.tokenizers.tokenizer import Tokenizer, refuse_special_tokens_of
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 PADDING_TOKENS = ("<pad>", "<|pad|>")
-OTHER_ROLES = ("sep_token", "cls_token", "mask_token")  # which documents do without, and an export names
+OTHER_ROLES = ("sep_token", "cls_token", "mask_token")  # which documents do not need, but an export names
 
 
 def text_alone(description: dict[str, Any]) -> dict[str, Any]:
-    """What a ``tokenizer.json`` says, without what it does to a text besides turning it into ids.
+    """What a ``tokenizer.json`` says, without anything that it does to a text besides turning it into ids.
 
     Left out are the template that puts tokens around a text, truncation, padding, and BPE's dropout, which leaves out
     merges at random.
@@ -40,7 +40,7 @@ def text_alone(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _offsets_alone(processor: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of a post-processor changes offsets and no ids."""
+    """The parts of a post-processor that change offsets but no ids."""
     if processor is not None and processor["type"] == "Sequence":
         kept = [inner for inner in map(_offsets_alone, processor["processors"]) if inner is not None]
         return {**processor, "processors": kept} if kept else None
@@ -91,7 +91,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer {path} has none of the end-of-text tokens {', '.join(END_TOKENS)}: name it as eos_token "
                 f"in {TOKENIZER_CONFIG} beside the file"
             )
-        model = self._description["model"]  # has its unknown token or, Unigram, the id of that
+        model = self._description["model"]  # has the unknown token or, for Unigram, its id
         unknown = vocabulary.get(model.get("unk_token"), model.get("unk_id"))
         return TokenizerRecord(
             file=TOKENIZER_JSON,
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def to_json(self) -> bytes:
-        """The file as it is, or without what would be added to a text."""
+        """The file as it is, without what it would add to a text."""
         if not self._is_changed:
             return self.path.read_bytes()
         return json.dumps(self._description, ensure_ascii=False).encode()

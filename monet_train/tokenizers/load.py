@@ -14,7 +14,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from its file, from the folder that holds it, or from ``PACKAGE:FILE`` of a Python package.
 
     Raises:
-        UserError: there is none, it cannot be read, it has no end-of-text token, or it makes one of plain text.
+        UserError: there is none, it cannot be read, it has no end-of-text token, or plain text can become one.
     """
     file = resolve_tokenizer(Path(path))
     tokenizer = HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)

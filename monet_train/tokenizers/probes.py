@@ -16,7 +16,7 @@ PROBES = (
     "https://example.org/a-b?c=d&e=%20f 192.168.0.1 2024-02-29T12:30:00Z 1_000_000 0xFF",
     "\ufeffmark\u2028line\u3000wide\u00adsoft", "\x85next\x85",
 )  # fmt: skip
-BYTE_NAMES = "".join(f"<0x{byte:02X}>" for byte in range(256))  # in a text they are text, and not the bytes
+BYTE_NAMES = "".join(f"<0x{byte:02X}>" for byte in range(256))  # in a text these are text, not the bytes
 
 
 def probe_texts(names: Iterable[str]) -> list[str]:

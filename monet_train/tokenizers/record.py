@@ -20,7 +20,7 @@ class TokenizerRecord:
 
     @property
     def special_ids(self) -> set[int]:
-        """Ids that no text may give: its end, its begin, and padding unless it is the unknown token."""
+        """Ids that no text may become: end, begin, and padding unless it is the unknown token."""
         padding = None if self.pad_id == self.unk_id else self.pad_id
         return {i for i in (self.eos_id, self.bos_id, padding) if i is not None}
 

@@ -76,5 +76,5 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _id_or_none(number: int) -> int | None:
-    """SentencePiece's number of a special token, of which -1 says that there is none."""
+    """The id of a special token; SentencePiece gives -1 where there is none."""
     return number if number >= 0 else None

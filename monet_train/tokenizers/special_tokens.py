@@ -36,7 +36,7 @@ def named_tokens(folder: Path, roles: tuple[str, ...] = ROLES) -> dict[str, Name
 
 
 def read_companion(path: Path) -> dict[str, Any]:
-    """The JSON object in a companion of a tokenizer; an empty one if there is no such file.
+    """The JSON object in a companion of a tokenizer; empty if there is no such file.
 
     Raises:
         UserError: it cannot be read.

@@ -59,14 +59,14 @@ class Tokenizer(StoredTokenizer, ABC):
 
 
 def refuse_special_tokens_of_text(tokenizer: Tokenizer, names: dict[str, int], marked: Collection[str] = ()) -> None:
-    """Refuse a tokenizer that makes a special token of plain text: a document must not end within itself.
+    """Refuse a tokenizer that turns plain text into a special token: no document may end in its middle.
 
     Args:
         names: how the special tokens are written, and their ids.
         marked: those that the file marks as special.
 
     Raises:
-        UserError: one is made of its own name, or of characters that are in no text.
+        UserError: one is made from its own name, or from characters that are in no text.
     """
     for text in (*names, UNSEEN):
         made = set(tokenizer.encode([f"a{text} {text}"])[0])
@@ -79,5 +79,6 @@ def refuse_special_tokens_of_text(tokenizer: Tokenizer, names: dict[str, int], m
                     else "mark it as special in the file, or use another tokenizer"
                 )
                 raise UserError(
-                    f"tokenizer {tokenizer.path} makes its special token {name!r} of the plain text {text!r}: {remedy}"
+                    f"tokenizer {tokenizer.path} makes its special token {name!r} from the plain text {text!r}: "
+                    f"{remedy}"
                 )

@@ -1,6 +1,6 @@
 """Checks between the keys of a configuration and against the world it runs in, before anything is built.
 
-The bounds of a single key stand beside it, in ``config/schema.py`` and ``model/config.py``.
+The bounds of a single key are declared beside it, in ``config/schema.py`` and ``model/config.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def check_config(config: TrainConfig, launch: Launch) -> None:
     if config.train.seq_length > config.model.max_position_embeddings:
         raise UserError(
             f"train.seq_length={config.train.seq_length} exceeds "
-            f"model.max_position_embeddings={config.model.max_position_embeddings}; raise that or shorten it"
+            f"model.max_position_embeddings={config.model.max_position_embeddings}; "
+            "raise that, or lower train.seq_length"
         )
     if config.parallel.sequence:
         raise UserError(

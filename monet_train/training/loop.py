@@ -1,4 +1,4 @@
-"""The training loop, top to bottom, and the callbacks that it calls."""
+"""The training loop, to be read from top to bottom, and the interface of the callbacks that it calls."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same com
 
 
 class Phase(IntEnum):
-    """When a callback has its turn: the phases in this order, and within one the order of the callbacks' table."""
+    """When a callback is called: phase by phase in this order, and within a phase in the order of the table."""
 
     CONTROL = 0  # may ask for a stop
     MEASURE = 1  # adds parts to the step's record
     WRITE = 2  # takes the record, and shows or keeps it
     EVALUATE = 3  # may run the model
-    SAVE = 4  # keeps the state, when everybody has seen the step whole
+    SAVE = 4  # saves the state, once all others have seen the step
 
 
 class Callback:
@@ -48,7 +48,7 @@ class Callback:
         """The callback of a run on this rank, or None where the run has no use for it.
 
         Raises:
-            UserError: the configuration asks for what cannot be.
+            UserError: the configuration asks for something impossible.
         """
         return cls()
 
@@ -72,17 +72,17 @@ class Callback:
         """After each evaluation: see :meth:`Trainer.evaluate`."""
 
     def on_event(self, trainer: Trainer, event: Event) -> None:
-        """When somebody has called :meth:`Trainer.emit`."""
+        """After each :meth:`Trainer.emit`."""
 
     def on_end(self, trainer: Trainer) -> None:
-        """After the last step, or when a stop was asked for."""
+        """After the last step, or after the step in which a stop was requested."""
 
     def close(self) -> None:
         """Release files and services, also after an error."""
 
 
 class Objective(Protocol):
-    """What is minimised, as far as the loop knows."""
+    """What is minimised: the part of it that the loop uses."""
 
     def __call__(self, output: Any, mean_targets: Tensor) -> tuple[Tensor, Tensor]:
         """The scalar to differentiate, and this process' metrics as one fp64 tensor, for one micro-step.
@@ -132,7 +132,7 @@ class Trainer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.resources.close()  # all of it, in reverse order, also where one fails
+        self.resources.close()  # all of them, in reverse order, even if one fails
 
     def fit(self) -> None:
         """Train to the last step. A stop signal ends it early with status :data:`EXIT_STOPPED`, after saving.
@@ -193,7 +193,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, batches: MicroBatches) -> None:
-        """Average the loss over the counted targets of ``batches``' first step, and tell every callback.
+        """Average the loss over the counted targets of ``batches``' first step, and pass it to every callback.
 
         Every rank calls it. The router takes its running statistics here.
         """
@@ -208,7 +208,7 @@ class Trainer:
             callback.on_evaluation(self, record)
 
     def emit(self, event: Event) -> None:
-        """Tell every callback that something happened; one of them writes ``events.jsonl``. Every rank calls it."""
+        """Pass an event to every callback; one of them writes ``events.jsonl``. Every rank calls it."""
         for callback in self.callbacks:
             callback.on_event(self, event)
 

@@ -24,9 +24,9 @@ class Losses(Part):
 class LanguageModelling:
     """loss = cross-entropy + uniformity_weight * uniformity + ambiguity_weight * ambiguity (paper section 3.4).
 
-    The cross-entropy is that of the global batch: summed over all its counted targets, over their number. So a rank or
-    a micro-step with fewer counted targets weighs less, and the topology changes nothing. The auxiliary losses are
-    about the routing of all tokens, whether their targets count or not: each micro-step weighs the same.
+    The cross-entropy is the mean over all counted targets of the global batch. So a rank or a micro-step with fewer
+    counted targets weighs less, and the topology changes nothing. The auxiliary losses are about the routing of all
+    tokens, whether their targets count or not, so each micro-step weighs the same.
     """
 
     uniformity_weight: float

@@ -46,7 +46,7 @@ def check_optimizer(config: OptimizerSection) -> None:
 def build_optimizer(model: MonetForCausalLM, config: OptimizerSection) -> torch.optim.Optimizer:
     """The optimizer of a run.
 
-    Its learning rate starts at 0 and is set before every step: what a wrapper does to initialise its state must not
-    move the weights.
+    Its learning rate starts at 0 and is set before every step, so that whatever a wrapper does to initialise its state
+    cannot move the weights.
     """
     return OPTIMIZERS[config.name](model, config)

@@ -1,4 +1,4 @@
-"""Everything that is checked and chosen before a run is built; what cannot train is refused here, on every rank."""
+"""Everything that is checked and chosen before a run is built. What cannot train is refused here, on every rank."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def preflight(config: TrainConfig, launch: Launch, resources: ExitStack) -> Prep
     if lock is not None:
         resources.enter_context(lock)
     _check_newest(config, folder, resume)
-    # of the run that the checkpoint is from, be it this or another
+    # compared with the run that wrote the checkpoint, which may be another one
     changed = agree(lambda: changes(resume.parent.parent, config)) if resume else {}
     return Prepared(config, launch, device, topology, kernels, folder, steps, corpus, resume, identity, changed)
 
@@ -109,8 +109,8 @@ def _check_newest(config: TrainConfig, folder: Path, resume: Path | None) -> Non
     def compare() -> None:
         if (newest and newest.name) != (resume and resume.name):
             raise UserError(
-                f"{newest or resume} came or went while this run started, or not all hosts see it yet: run the command "
-                "again"
+                f"{newest or resume} appeared or vanished while this run started, or not all hosts see it yet: "
+                "run the command again"
             )
 
     agree(compare)

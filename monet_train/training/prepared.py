@@ -19,7 +19,7 @@ from monet_train.parallel.launch import Launch
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`monet_train.training.preflight.preflight` found and chose, the same on every rank but its place."""
+    """What :func:`monet_train.training.preflight.preflight` found and chose, the same on every rank."""
 
     config: TrainConfig
     launch: Launch

@@ -1,7 +1,7 @@
-"""What is known about a step or an evaluation: typed parts, each made in one place, and their one flat form.
+"""What is known about a step or an evaluation: typed parts, each made in one place, and one flat view for the writers.
 
-Who needs a figure of another part asks for the part by its class: ``record.get(RouterUsage).active``. Names as they
-stand in ``metrics.jsonl`` exist only in :meth:`Part.figures`, for the writers.
+Code that needs a figure of another part asks for the part by its class: ``record.get(RouterUsage).active``. The names
+in ``metrics.jsonl`` exist only in :meth:`Part.figures`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Record:
     """One line of ``metrics.jsonl``: a training step or an evaluation after it."""
 
     step: int  # optimizer steps done
-    tokens: int  # read up to here, over all ranks
+    tokens: int  # read so far, over all ranks
     _parts: dict[type[Part], Part] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
-        """Add a part, once each."""
+        """Add a part. Each kind is added once."""
         if type(part) in self._parts:
             raise ValueError(f"the record of step {self.step} has its {type(part).__name__} already")
         self._parts[type(part)] = part
 
     def get(self, kind: type[P]) -> P:
-        """The part of that class. Raises :class:`KeyError` if no callback before has added it."""
+        """The part of that class. Raises :class:`KeyError` if no earlier callback has added it."""
         part = self._parts[kind]
         assert isinstance(part, kind)
         return part
@@ -56,12 +56,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Timing(Part):
-    """How a step went: the optimizer's figures and the clock's."""
+    """The figures of the optimizer and of the clock."""
 
     lr: float
     grad_norm: float  # before clipping
     step_seconds: float
-    data_seconds: float  # of these, spent waiting for data
+    data_seconds: float  # the part of it that was spent waiting for data
     tokens_per_second: float  # over all ranks
 
 

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, what it was trained with, and that one process group at a time writes it."""
+"""The run folder: whose it is, what it was trained with, and a lock, so that only one run at a time writes to it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 DATA_CACHE = "data_cache"  # index cache of the shards, where their own folder cannot be written
 SHOWN_CHANGES = 3  # in a refusal
-# Keys that a start of a finished run may change: where files lie, what is shown and saved, what the run runs on. The
-# data and their order are compared by content, the length by its steps. Not eval or callbacks: they would do nothing.
+# Keys that may change when a finished run is started again: where files are, what is shown and saved, what the run
+# runs on. Data and order are compared by content, length by steps. Not eval or callbacks: they would do nothing.
 WITHOUT_EFFECT = (
     "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.max_steps", "train.max_tokens",
     "kernels", "checkpoint.", "logging.",
@@ -47,7 +47,7 @@ def check_run_folder(folder: Path, config: TrainConfig) -> None:
         raise UserError(f"run.dir={folder} is a file; choose another run.dir")
     recorded = recorded_values(folder)
     if recorded is None:
-        # a run that ended before it was described leaves these
+        # left by a run that ended before its configuration was written
         if any(path.name not in (LOCK, DATA_CACHE, EVENTS) for path in folder.iterdir()):
             raise UserError(f"run.dir={folder} holds files that are not a run's; choose an empty or new folder")
         return
@@ -77,7 +77,7 @@ def lock_run_folder(folder: Path) -> IO[str]:
 
 
 class Finished(Exception):
-    """A run that was trained to its end with the values that are asked for: there is nothing to do."""
+    """The run was trained to its end with the values asked for: there is nothing to do."""
 
 
 def check_work_left(folder: Path, config: TrainConfig, resume: Path, steps: int) -> None:
@@ -88,8 +88,8 @@ def check_work_left(folder: Path, config: TrainConfig, resume: Path, steps: int)
         steps: of the whole run.
 
     Raises:
-        Finished: the run was trained to its end as it is asked for.
-        UserError: it was made with other values, or is longer, so that this command would not do what it says.
+        Finished: the run was trained to its end with the values asked for.
+        UserError: it was trained with other values, or is longer, so that this command would not do what it says.
     """
     done = Description.read(resume).step
     if done < steps:
@@ -119,8 +119,8 @@ def check_work_left(folder: Path, config: TrainConfig, resume: Path, steps: int)
 def changes(folder: Path, config: TrainConfig) -> dict[str, list[Any]]:
     """What ``config`` changes of the values in a run folder's ``config.yaml``: [before, now] by key. Only reads.
 
-    Where the run and its checkpoint are does not count. A key that ``config.yaml`` does not have yet, since it is of an
-    earlier version, had its default.
+    The places of the run and of its checkpoint do not count. A key that is not in ``config.yaml``, since an earlier
+    version wrote it, had its default.
     """
     before = recorded_values(folder)
     if before is None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from monet_train.config.schema import ScheduleSection
 from monet_train.errors import UserError
 
-# (0-based step, steps of the run, settings) -> share of optimizer.lr. A pure function, so that a resumed run needs no
-# state of it.
+# (0-based step, steps of the run, settings) -> share of optimizer.lr. A pure function, so that a resumed run
+# needs no state of it.
 Schedule = Callable[[int, int, ScheduleSection], float]
 
 

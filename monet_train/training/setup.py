@@ -61,7 +61,7 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
         trainer.emit(Resume(str(prepared.resume)) if prepared.resume else Start())
         if prepared.changed:
             trainer.emit(Changed(prepared.changed))
-        if launch.is_main:  # after the events: a kill between the two must not lose what was changed
+        if launch.is_main:  # after the events: a kill between the two must not lose the changed values
             write_descriptions(prepared.folder, config, prepared.device, launch.world_size)
             print(announcement(prepared, trainer.step), flush=True)
         trainer.resources = resources.pop_all()
@@ -69,7 +69,7 @@ def build_trainer(config: TrainConfig, launch: Launch) -> Trainer:
 
 
 def announcement(prepared: Prepared, step: int) -> str:
-    """What the user is told at the start: the run, what it runs on, from where, and what it will read."""
+    """The first lines of a run: its name, what it runs on, where it starts or resumes, and what it will read."""
     config, topology, device = prepared.config, prepared.topology, prepared.device
     begin = f"resumes after step {step} ({prepared.resume})" if prepared.resume else f"starts in {config.run.dir}"
     flops = training_flops_per_token(config.model, config.train.seq_length)

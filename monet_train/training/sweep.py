@@ -15,16 +15,16 @@ from monet_train.errors import UserError, one_line
 from monet_train.parallel.launch import Launch
 from monet_train.training.checks import check_config
 
-EXIT_CRASHED = 1  # what Python ends with after a traceback
+EXIT_CRASHED = 1  # Python's status after a traceback
 
 
 def run_jobs(jobs: Sequence[Job], launch: Launch, run: Callable[[TrainConfig], None]) -> None:
-    """Run every job, also after one that failed. A stop signal ends the sweep: the same command continues it.
+    """Run every job, even after one that failed. A stop signal ends the sweep; the same command continues it.
 
     Raises:
-        UserError: a job has a value that cannot be, before the first is started; or a job failed, after the last, whose
-            own line was printed when it ended.
-        SystemExit: likewise, where a job crashed.
+        UserError: before the first job, if one has an invalid value; after the last, if one failed. The line of a
+            failed job is printed when it ends.
+        SystemExit: after the last, if a job crashed.
     """
     for job in jobs:
         try:

@@ -442,12 +442,18 @@ def test_paths_and_weights_that_make_no_sense_are_refused(shards: Path, tmp_path
 
 
 HUGE, SMALL = 2000, 20
-FEW_DOCUMENTS = {  # tokens of each document (number 1 is held out first), fraction, eval.sequences, what the line says
+# tokens of each document (number 1 is held out first), fraction, eval.sequences, fragments of the line
+FEW_DOCUMENTS = {
     "too little text": ([30, 30], 0.1, 8, ["has only 60 tokens, a sequence needs 65", "add text"]),
     "one document": ([HUGE], 0.01, 8, ["is one document", "data.validation_fraction=0 or eval.every=null"]),
-    "the huge one held out": ([SMALL, HUGE, SMALL], 0.01, 0, ["are 40 of 2,040 tokens", "data.validation_fraction=0 "]),
-    "most held out": ([SMALL, HUGE, HUGE], 0.9, 0, ["are 20 of 4,020", "data.validation_fraction=0 to train on all"]),
-    "a small one held out": ([HUGE, SMALL], 0.01, 8, ["held out are 20 of 2,020", "validation_fraction=0 or eval."]),
+    "the huge one held out": (
+        [SMALL, HUGE, SMALL],
+        0.01,
+        0,
+        ["40 of 2,040 tokens are for", "validation_fraction=0 to"],
+    ),
+    "most held out": ([SMALL, HUGE, HUGE], 0.9, 0, ["20 of 4,020 tokens are for", "validation_fraction=0 to train"]),
+    "a small one held out": ([HUGE, SMALL], 0.01, 8, ["20 of 2,020 tokens are held", "validation_fraction=0 or eval."]),
 }
 
 
@@ -497,7 +503,7 @@ def test_another_tokenizer_beside_the_shards_is_refused(shards: Path, tmp_path: 
     folder = broken(shards, tmp_path)
     file = folder / "tokenizer.model"
     file.write_bytes(file.read_bytes() + b"?")
-    refused(str(folder), "tokenizer.model is not the tokenizer that made the shards: put")
+    refused(str(folder), "tokenizer.model is not the tokenizer that made the shards: put the tokenizer that made")
     file.unlink()
     refused(str(folder), "tokenizer.model is missing: put")
 

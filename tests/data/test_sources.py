@@ -145,8 +145,8 @@ def test_data_files_among_source_code_are_told(data, tokenizer: Tokenizer, tmp_p
         (code / name).write_bytes(b"?")
     status, _, err = data("shards", code, "--tokenizer", tokenizer.path, "--out", tmp_path / "out", "--workers", 1)
     told = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert status == 0 and len(told) == 1 and "left out are 3 data files" in told[0]
-    assert told[0].endswith(f"give also '{code}/**/*.jsonl' '{code}/**/*.parquet.zst'")
+    assert status == 0 and len(told) == 1 and "leaving out 3 data files" in told[0]
+    assert told[0].endswith(f"to read them too, add '{code}/**/*.jsonl' '{code}/**/*.parquet.zst'")
 
 
 @pytest.mark.parametrize("other", ["more.jsonl", "second.yaml"])

@@ -10,7 +10,7 @@ from monet_train.checkpoints.load import load_pretrained
 from monet_train.interop.export import save_pretrained
 from tests.support import GOLDEN
 
-FORMS = ("tiny_vertical", "tiny_horizontal")
+CHECKPOINTS = ("tiny_vertical", "tiny_horizontal")
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +18,16 @@ def small_models(one_thread: None) -> None:
     """The models here are small."""
 
 
-@pytest.fixture(params=FORMS)
-def form(request: pytest.FixtureRequest) -> str:
-    """Each of the two decompositions."""
+@pytest.fixture(params=CHECKPOINTS)
+def checkpoint(request: pytest.FixtureRequest) -> str:
+    """A published checkpoint of each of the two decompositions, by name."""
     return request.param
 
 
 @pytest.fixture
-def golden_folder(form: str) -> Path:
-    """A published checkpoint."""
-    return GOLDEN / form
+def golden_folder(checkpoint: str) -> Path:
+    """Its folder."""
+    return GOLDEN / checkpoint
 
 
 @pytest.fixture
@@ -40,10 +40,13 @@ def answers(golden_folder: Path) -> dict[str, Tensor]:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Our export of each published checkpoint."""
     folder = tmp_path_factory.mktemp("exports")
-    return {form: save_pretrained(load_pretrained(GOLDEN / form), folder / form) for form in FORMS}
+    return {
+        checkpoint: save_pretrained(load_pretrained(GOLDEN / checkpoint), folder / checkpoint)
+        for checkpoint in CHECKPOINTS
+    }
 
 
 @pytest.fixture
-def export(exports: dict[str, Path], form: str) -> Path:
-    """Our export of the published checkpoint of ``form``; not to be changed."""
-    return exports[form]
+def export(exports: dict[str, Path], checkpoint: str) -> Path:
+    """Our export of the published checkpoint of ``checkpoint``; not to be changed."""
+    return exports[checkpoint]

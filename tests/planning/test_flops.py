@@ -32,9 +32,9 @@ def test_work_is_the_papers(groups: int, teraflop: float) -> None:
     assert forward_flops_per_token(horizontal, 2048) == pytest.approx(forward, rel=0.02)
 
 
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_dense_work_is_what_the_plain_definition_does(form: str) -> None:
-    config = replace(model_of("model=nano", f"model.moe_decompose={form}"), num_hidden_layers=4, moe_groups=2)
+@pytest.mark.parametrize("decomposition", ["vertical", "horizontal"])
+def test_dense_work_is_what_the_plain_definition_does(decomposition: str) -> None:
+    config = replace(model_of("model=nano", f"model.moe_decompose={decomposition}"), num_hidden_layers=4, moe_groups=2)
     tokens = torch.zeros(2, 64, dtype=torch.long)
     model = MonetForCausalLM(config, kernels=Kernels("plain"))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -42,9 +42,9 @@ def test_dense_work_is_what_the_plain_definition_does(form: str) -> None:
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(forward_flops_per_token(config, 64), rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_work_done(form: str) -> None:
-    config = model_of("model=1.4b", f"model.moe_decompose={form}")
+@pytest.mark.parametrize("decomposition", ["vertical", "horizontal"])
+def test_work_done(decomposition: str) -> None:
+    config = model_of("model=1.4b", f"model.moe_decompose={decomposition}")
     dense = training_flops_per_token(config, 2048)
     everything, nothing = ([[share * config.moe_experts] * 2 for _ in config.router_layers] for share in (1.0, 0.0))
 
@@ -64,9 +64,9 @@ def test_work_done(form: str) -> None:
     assert done(nothing, copies=3) == pytest.approx(dense + 2 * 3 * (routers + bias))
     sparse = done(nothing, mixing_skipped=True, rows_skipped=True)
     assert sparse == pytest.approx(dense - 3 * (rows + mixing + bias) - 2 * routers)
-    # the input weights of the horizontal form are of side 1, the output weights and biases of side 2
+    # the input weights of horizontal experts are of side 1, the output weights and biases of side 2
     one = [[config.moe_experts, 0.0] for _ in config.router_layers]
     other = [[0.0, config.moe_experts] for _ in config.router_layers]
     skipped = {"mixing_skipped": True, "rows_skipped": True}
     difference = done(other, **skipped) - done(one, **skipped)
-    assert difference == pytest.approx(3 * bias if form == "horizontal" else 0.0)
+    assert difference == pytest.approx(3 * bias if decomposition == "horizontal" else 0.0)

@@ -196,7 +196,7 @@ def test_a_broken_tokenizer_config_is_refused(written: str, words: str, tmp_path
 
 
 def test_a_tokenizer_that_ends_documents_by_their_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"makes its special token '</s>' of the plain text '</s>'"):
+    with pytest.raises(UserError, match=r"makes its special token '</s>' from the plain text '</s>'"):
         load_tokenizer(byte_level(tmp_path, "</s>", marked=False))
 
 

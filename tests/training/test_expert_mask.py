@@ -12,12 +12,12 @@ TOPOLOGIES = {"whole": (1, 1, 0), "tensor": (1, 2, 1), "zero3": (2, 1, 3)}  # (d
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_losses_agree(form: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decomposition", ["vertical", "horizontal"])
+def test_losses_agree(decomposition: str, shards: Path, tmp_path: Path) -> None:
     def overrides(name: str) -> list[str]:
         data, tensor, stage = TOPOLOGIES[name.removeprefix("unmasked ")]
         return [
-            *TINY, f"data.path={shards}", f"model.moe_decompose={form}", "train.max_steps=4",
+            *TINY, f"data.path={shards}", f"model.moe_decompose={decomposition}", "train.max_steps=4",
             f"train.micro_batch_size={4 // data}", f"parallel.tensor={tensor}", f"zero.stage={stage}",
             f"run.dir={tmp_path}/{name}", f"train.recompute={str(name == 'zero3').lower()}",
         ]  # fmt: skip

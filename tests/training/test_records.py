@@ -1,4 +1,4 @@
-"""The record of a step: typed parts, and one flat form for the writers."""
+"""The record of a step: typed parts, and one flat view for the writers."""
 
 from __future__ import annotations
 

@@ -18,11 +18,11 @@ GRID: Topologies = {
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_losses_agree(form: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decomposition", ["vertical", "horizontal"])
+def test_losses_agree(decomposition: str, shards: Path, tmp_path: Path) -> None:
     def overrides(data: int, tensor: int, stage: int) -> list[str]:
         return [
-            *TINY, f"data.path={shards}", f"model.moe_decompose={form}", "eval.every=10", "eval.sequences=8",
+            *TINY, f"data.path={shards}", f"model.moe_decompose={decomposition}", "eval.every=10", "eval.sequences=8",
             f"train.micro_batch_size={SEQUENCES // data}", f"parallel.tensor={tensor}", f"zero.stage={stage}",
             f"run.dir={tmp_path}/{data}_{tensor}_{stage}", f"train.recompute={str(stage == 3).lower()}",
         ]  # fmt: skip
@@ -38,7 +38,7 @@ def test_losses_agree(form: str, shards: Path, tmp_path: Path) -> None:
         run = tmp_path / "_".join(map(str, topology))
         losses, expected = [r["loss"] for r in records(run)], [r["loss"] for r in reference]
         deviation = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
-        print(f"{form} data x tensor x ZeRO {topology}: largest deviation {deviation:.1e}")
+        print(f"{decomposition} data x tensor x ZeRO {topology}: largest deviation {deviation:.1e}")
         assert losses == pytest.approx(expected, rel=1e-5), topology
         # the gradient norm counts replicated parameters once
         first = records(run)[0]["grad_norm"]
@@ -65,12 +65,12 @@ def test_bf16_agrees_in_every_zero_stage(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["vertical", "horizontal"])
-def test_the_plain_definition_agrees_on_tensor_ranks(form: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("decomposition", ["vertical", "horizontal"])
+def test_the_plain_definition_agrees_on_tensor_ranks(decomposition: str, shards: Path, tmp_path: Path) -> None:
     """Its gradients have other layouts in memory than those of the native kernels."""
     for tensor in (1, 2):
         overrides = [
-            *TINY, f"data.path={shards}", f"model.moe_decompose={form}", "train.max_steps=3", "kernels=plain",
+            *TINY, f"data.path={shards}", f"model.moe_decompose={decomposition}", "train.max_steps=3", "kernels=plain",
             f"parallel.tensor={tensor}", f"run.dir={tmp_path}/{tensor}",
         ]  # fmt: skip
         train_in_turn([overrides], processes=tensor)

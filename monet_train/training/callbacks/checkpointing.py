@@ -13,7 +13,7 @@ from monet_train.training.records import Record
 
 
 class Checkpointing(Callback):
-    """Saves every ``every`` steps (None: not between) and at the end, also of a run that is stopped by a signal."""
+    """Saves every ``every`` steps (None: only at the end) and at the end, also when a signal stops the run."""
 
     name = "checkpointing"
     phase = Phase.SAVE

@@ -11,7 +11,7 @@ from monet_train.training.records import Record
 
 
 class Evaluation(Callback):
-    """Evaluates on held-out sequences every ``every`` steps (0: not between) and after the last one.
+    """Evaluates on held-out sequences every ``every`` steps (0: only at the end) and after the last one.
 
     ``batches`` holds all the sequences as its step 0.
     """

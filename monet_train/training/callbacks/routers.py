@@ -1,4 +1,4 @@
-"""How the routers use their experts: the numbers that tell a healthy Monet from a collapsed one."""
+"""How the routers use their experts: the figures that distinguish a healthy Monet from a collapsed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RouterUsage(Part):
     layers: list[int]  # the first layer of each router, by which ``metrics.jsonl`` names it
     active: list[list[float]]  # active half-experts per token
     unused: list[list[float]]  # share of half-experts that no token used in the last 100 steps
-    entropy: list[list[float]]  # of the mean gate, nats, averaged over the heads; log E where all are used alike
+    entropy: list[list[float]]  # of the mean gate, nats, averaged over the heads; log E if all are used equally
 
     def figures(self) -> Figures:
         """As ``router/L/active``, ``router/L/unused`` and ``router/L/entropy``."""

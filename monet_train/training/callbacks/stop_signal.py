@@ -30,7 +30,7 @@ class StopSignal(Callback):
         self.stopped = trainer.step < trainer.total_steps
 
     def close(self) -> None:
-        # launchers send SIGTERM to the ranks that are still there when the first one has left; these have saved too
-        # and should leave with the same status
+        # launchers send SIGTERM to the ranks that remain when the first one has left; these have saved too and should
+        # end with the same status
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN if self.stopped else signal.SIG_DFL)

@@ -1,6 +1,6 @@
 """The table of callbacks: those of every run, and those that other packages offer by name.
 
-A package offers a callback as an entry point, so that training need not know it::
+A package offers a callback as an entry point, so that training does not have to know it::
 
     [project.entry-points."monet_train.callbacks"]
     monosemanticity = "monet_train.analysis.callback:Monosemanticity"
@@ -28,7 +28,7 @@ from monet_train.training.prepared import Prepared
 
 ENTRY_POINTS = "monet_train.callbacks"
 
-# Those of every run. They are called phase by phase (see Phase), and within a phase in this order.
+# The callbacks of every run. They are called phase by phase (see Phase), and within a phase in this order.
 BUILT_IN: tuple[type[Callback], ...] = (
     StopSignal,
     RouterMonitor,
@@ -46,7 +46,7 @@ def find_callbacks(names: Sequence[str]) -> list[type[Callback]]:
     """The built-in callbacks, then those of ``names`` (the key ``callbacks``), in that order.
 
     Raises:
-        UserError: no installed package offers a name, or several do; what one offers is not a callback of that name;
+        UserError: no installed package offers a name, or several do; the offer is not a callback of that name;
             two callbacks would have the same name.
     """
     found = list(BUILT_IN)

@@ -1,4 +1,4 @@
-"""How much of the devices' peak a run uses: of the model's dense work, and of the work that is really done."""
+"""How much of the devices' peak a run uses, counted by the dense model's work and by the work really done."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Utilisation(Callback):
 
 
 def work_done(config: TrainConfig, device: torch.device) -> WorkDone:
-    """What the implementation that will run on ``device`` really does of the dense work."""
+    """The part of the dense work that the implementation running on ``device`` really does."""
     native = Kernels(config.kernels).is_native(device)
     return WorkDone(
         rows_skipped=native and device.type == "cpu",
