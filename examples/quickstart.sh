@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From text to a sampled Monet in five minutes on two cores. Nothing is downloaded: the text is what every Python
-# installation has (sources, docstrings, licences), found at run time. Started again, it resumes where it stopped.
+# From text to a sentence of a trained Monet in five minutes on two cores. Nothing is downloaded: the text is what
+# every Python installation has (sources, docstrings, licences), found at run time. Started again, it resumes.
 # usage: examples/quickstart.sh [FOLDER]        with monet-* on the PATH
 set -euo pipefail
 out=${1:-quickstart}
@@ -11,7 +11,7 @@ step "1/5 tokenizer: SentencePiece, 4096 pieces"
 monet-data tokenizer python --max-bytes 8M --vocab-size 4096 --out "$out/tokenizer"
 step "2/5 shards: memory-mapped, Megatron's format"
 monet-data shards python --max-bytes 24M --tokenizer "$out/tokenizer" --out "$out/shards"
-step "3/5 training: a nano Monet, 256 x 256 experts a layer, DeepSpeed"
+step "3/5 training: a nano Monet, 256 x 256 experts per layer, DeepSpeed"
 monet-train experiment=quickstart data.path="$out/shards" run.dir="$out/run"
 step "4/5 export: a Hugging Face folder"
 monet-export "$out/run" "$out/hf" --force

@@ -4,7 +4,7 @@
 #   sbatch --array=0-63 slurm/prepare_data.sh conf/data_prep/fineweb_edu.yaml --tokenizer TOKENIZER --out data/fineweb
 #
 # All nodes need the sources and --out on a shared file system. A task that was killed or preempted resumes where it
-# stopped when it is requeued or when the same sbatch command is given again; finished tasks return at once.
+# stopped when it is requeued or when the same sbatch command is given again; finished tasks return immediately.
 #SBATCH --job-name=monet-data
 #SBATCH --array=0-7
 #SBATCH --nodes=1

@@ -1,6 +1,6 @@
 # Sourced by train_*.sh:   source slurm/train.sh MODEL [hydra overrides]
 #
-# One task per GPU, started by srun: ranks come from Slurm, a dead task ends the job at once, signals reach every rank.
+# One task per GPU, started by srun: ranks come from Slurm, a dead task ends the job, signals reach every rank.
 # Before the time limit (--signal=B:USR1@300) the ranks finish their step, save and end, and the job is requeued; the
 # same command then resumes from the newest checkpoint. On preemption and after a node failure Slurm itself does that
 # (--requeue). scancel ends the job for good; the ranks save then too, if KillWait leaves them the time.
