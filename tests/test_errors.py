@@ -1,4 +1,4 @@
-"""What a command does where its output is closed or full."""
+"""What a command does if its output is closed or full."""
 
 from __future__ import annotations
 

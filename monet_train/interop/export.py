@@ -104,7 +104,7 @@ def write_export(
 
 
 def cast_weights(weights: dict[str, Tensor], config: MonetConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Parameters in ``dtype``; the routers' statistics keep theirs, since thresholds do not bear bf16."""
+    """Parameters in ``dtype``; the routers' statistics keep theirs, since bf16 is too coarse for thresholds."""
     parameters = _parameter_names(config)
     return {name: tensor.to(dtype) if name in parameters else tensor for name, tensor in weights.items()}
 
@@ -123,7 +123,7 @@ def _refuse_occupied(folder: Path, force: bool) -> None:
     if not present:
         return
     if not (folder / RECORD).is_file():
-        raise UserError(f"{folder} is not empty and no earlier export; give a new folder")
+        raise UserError(f"{folder} is not empty and not an earlier export; give a new folder")
     foreign = sorted(present - set(read_json(folder / RECORD)["files"]))
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]}, which no export wrote; move it away or give a new folder")

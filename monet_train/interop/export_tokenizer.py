@@ -1,4 +1,4 @@
-"""The tokenizer of an export: what ``AutoTokenizer`` makes of it has the ids of the shards, or there is no export."""
+"""The tokenizer of an export: ``AutoTokenizer`` gives the ids of the shards, or the export is refused."""
 
 from __future__ import annotations
 

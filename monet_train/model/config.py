@@ -57,7 +57,7 @@ class MonetConfig:
         return range(0, self.num_hidden_layers, self.moe_groups)
 
     def validate(self) -> None:
-        """Refuse sizes that make no model. Raises :class:`UserError` naming the key and the remedy."""
+        """Refuse impossible sizes. Raises :class:`UserError` naming the key and the remedy."""
         check_bounds(self, "model.")
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise UserError(
@@ -81,7 +81,7 @@ class MonetConfig:
     def from_dict(cls, values: dict[str, Any]) -> MonetConfig:
         """Read a ``config.json`` dictionary; keys of the Hugging Face machinery that we do not use are skipped."""
         kinds = field_types(cls)
-        nullable = ("bos_token_id", "eos_token_id")  # null elsewhere stands for the default
+        nullable = ("bos_token_id", "eos_token_id")  # elsewhere null means the default
         given = {key: v for key, v in values.items() if key in kinds and (v is not None or key in nullable)}
         try:
             config: MonetConfig = from_json(cls, given, "config")

@@ -1,7 +1,7 @@
-"""Tables of experts: what a file of an expert set holds, and the factors by routing group that it stands for.
+"""Tables of experts: what a file of an expert set holds, and the factors by routing group that follow from it.
 
 A table has one row per expert: group, layer, head, half-expert i of side 1, half-expert j of side 2. Layers are
-numbered in the whole model. :data:`ALL` stands for every layer of the group, every head, or every half-expert.
+numbered in the whole model. :data:`ALL` means every layer of the group, every head, or every half-expert.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ output of a layer is Σ_h Σ_ij M_hij g1_hi g2_hj E_ij(x), M = 1 unless experts 
 tensor has E x E entries per token: the rearranged sums are the functions of :mod:`monet_train.kernels.plain`.
 
 How experts are composed from their halves is a decomposition: a subclass of :class:`Experts`, named in
-:data:`DECOMPOSITIONS`. Everything else asks the class, and no other place tells decompositions apart.
+:data:`DECOMPOSITIONS`. All other code asks the class and does not distinguish decompositions.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ExpertFlops:
 
 
 class Experts(nn.Module, ABC):
-    """An expert layer in one decomposition, and all that others have to know of it.
+    """An expert layer in one decomposition, and all that other code has to know about it.
 
     Gates mix over half-experts at a fixed inner unit, so a slice of the inner units gives an exact partial sum. Each
     tensor-parallel rank has a slice; ``collectives.leave`` adds the partial sums. The output biases do not pass
@@ -205,7 +205,7 @@ DECOMPOSITIONS: dict[str, type[Experts]] = {"vertical": VerticalExperts, "horizo
 
 
 def decomposition(name: str) -> type[Experts]:
-    """The class of a decomposition. Raises :class:`UserError` naming the ones that there are."""
+    """The class of a decomposition. Raises :class:`UserError` naming the existing ones."""
     if name not in DECOMPOSITIONS:
         raise UserError(f"model.moe_decompose={name!r} is unknown; use one of {', '.join(DECOMPOSITIONS)}")
     return DECOMPOSITIONS[name]

@@ -1,4 +1,4 @@
-"""Which model something was found in: tells the same model, a relative and a stranger apart."""
+"""Which model something was found in: distinguishes the same model, a relative and a stranger."""
 
 from __future__ import annotations
 

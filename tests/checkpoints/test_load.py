@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with two step folders, of which the older one is the vertical model."""
+    """A run folder with two step folders; the older one holds the vertical model."""
     for step, name in ((100, "tiny_vertical"), (200, "tiny_horizontal")):
         shutil.copytree(GOLDEN / name, tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000200\n")

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped resumes, bit for bit as if it had never been."""
+"""A run that was killed or stopped resumes bit for bit, as if nothing had happened."""
 
 from __future__ import annotations
 

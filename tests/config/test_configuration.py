@@ -111,7 +111,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_each_default_stands_in_one_place() -> None:
-    """In the schema, or in ``conf/`` where an option chooses it. A model size is a table and names what it needs."""
+    """In the schema, or in ``conf/`` if an option chooses it. A model size names all that it needs."""
     schema = OmegaConf.structured(TrainConfig)
     primary = OmegaConf.load(config_folder() / "train.yaml")
     options = {group: name for default in primary.defaults if default != "schema" for group, name in parse(default)}

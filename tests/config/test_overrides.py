@@ -1,4 +1,4 @@
-"""What stands on the command line is held against the schema before anything is composed."""
+"""The overrides of the command line are compared with the schema before anything is composed."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_runs_that_would_share_a_folder_get_their_values_appended() -> None:
 
 
 def test_a_run_of_a_sweep_can_be_started_alone() -> None:
-    """Its name and its folder are values that the command line takes as they are."""
+    """The command line takes its name and its folder as they are."""
     (job, _) = jobs("optimizer.lr=1e-3,2e-3", "schedule.final=0.5")
     name, folder = job.config.run.name, job.config.run.dir
     assert compose(["data.path=shards", "optimizer.lr=1e-3", "schedule.final=0.5", f"run.name={name}"]) == job.config

@@ -222,7 +222,7 @@ def test_labels_that_are_not_there_are_refused(shards: Path, one_shard: Path) ->
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]], ids=["pool", "blend"])
 def test_a_run_states_its_epochs_exactly(weights: list[float] | None, tmp_path: Path) -> None:
-    """Counted over the sequences themselves."""
+    """Compared with a count over the sequences themselves."""
     a = write_megatron(tmp_path / "a", [[[10] * 50] for _ in range(100)])
     b = write_megatron(tmp_path / "b", [[[20] * 50] for _ in range(100)])
     corpus = open_([str(a), str(b)], tmp_path, weights=weights, train_sequences=1001)

@@ -18,7 +18,7 @@ LANGUAGES = ["en", "ru", "日本", None]
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """Labels of COUNT documents in row groups of 90, the dictionaries of which differ."""
+    """Labels of COUNT documents in row groups of 90, whose dictionaries differ."""
     prefix = tmp_path / "shard-00000"
     columns = {
         "lang": [LANGUAGES[i // 90 % 4] for i in range(COUNT)],

@@ -1,4 +1,4 @@
-"""Stopped, killed, out of disk, out of sources: what is there stays whole, and the same command resumes."""
+"""Stopped, killed, out of disk, out of sources: finished work stays whole, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.files import contents
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     jsonl: Path, prepare: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Also the rejects file and its counts: every 13th line is bad."""
+    """The rejects file and its counts are compared too: every 13th line is bad."""
     lines = [line for name in ("part-0", "part-1") for line in (jsonl / f"{name}.jsonl").read_text().splitlines()]
     source = tmp_path / "mixed.jsonl"
     source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
@@ -111,7 +111,7 @@ def test_two_runs_do_not_write_into_one_folder(data, jsonl: Path, tokenizer: Tok
 def test_tasks_that_end_at_the_same_moment_do_not_disturb_each_other(
     data, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Task 1 runs whole while task 0 has its copy of the tokenizer under a temporary name."""
+    """Task 1 runs from start to end while task 0 has its copy of the tokenizer under a temporary name."""
     fsync, nested = os.fsync, []
 
     def run(task: int) -> int:

@@ -43,7 +43,7 @@ def test_shards_hold_the_documents_in_order(shards: Path, tokenizer: Tokenizer) 
 
 @pytest.mark.parametrize("vocabulary", [400, 70_000])
 def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Path) -> None:
-    """Byte for byte, and the choice of the dtype too."""
+    """Byte for byte, including the choice of the dtype."""
     random = np.random.default_rng(0)
     texts = [random.integers(0, vocabulary, random.integers(1, 50)).astype(np.int32) for _ in range(30)]
     dtype = token_dtype(vocabulary)
@@ -78,7 +78,7 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["verify", "info"])
 def test_who_closes_the_output_gets_no_traceback(command: str, shards: Path) -> None:
-    """As ``| true`` does: the status is that of SIGPIPE. An output that cannot be written otherwise is an error."""
+    """As with ``| true``: the status is that of SIGPIPE. Any other failure to write is an error."""
     arguments = [sys.executable, "-m", "data_prep", command, str(shards)]
     reader, closed = os.pipe()
     os.close(reader)
@@ -89,7 +89,7 @@ def test_who_closes_the_output_gets_no_traceback(command: str, shards: Path) -> 
 
 
 def test_preparing_does_not_import_torch(jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Its import, and Megatron's, take longer than to tokenize a hundred megabytes; that of pandas, ten."""
+    """Importing it and Megatron takes longer than tokenizing a hundred megabytes; importing pandas, than ten."""
     program = (
         "import sys, data_prep.verify, data_prep.info\n"
         "from data_prep.__main__ import main\n"
@@ -118,7 +118,7 @@ def test_labels_lie_beside_the_shards(shards: Path) -> None:
 def test_the_number_of_workers_does_not_change_a_byte(
     slot_bytes: int, prepare: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Over more chunks than there are slots, of which each serves several; the texts of some do not fit into one."""
+    """With more chunks than slots, so that each slot serves several; some texts do not fit into a slot."""
     alone = contents(prepare(tmp_path / "one", chunk_bytes=600))
     assert contents(prepare(tmp_path / "three", workers=3, chunk_bytes=600, slot_bytes=slot_bytes)) == alone
 
@@ -227,7 +227,7 @@ def write_bad_files(folder: Path, jsonl: Path) -> None:
 
 
 def bad_inputs(folder: Path, jsonl: Path, model: Path) -> dict[str, tuple[list[object], str]]:
-    """Arguments and the words of the one line that answers them."""
+    """Arguments, and words of the one line that refuses them."""
     shards = ["--tokenizer", model, "--out", folder / "out", "--workers", 1]
     good = jsonl / "*.jsonl"
     return {

@@ -25,7 +25,7 @@ Submit = Callable[..., str]
 
 @pytest.fixture
 def submit(slurm: dict[str, str], tmp_path: Path) -> Submit:
-    """Submits an array of two, waits until it and its merge have left the queue, and gives back what they wrote."""
+    """Submits an array of two, waits until it and its merge have left the queue, and returns what they wrote."""
     command = tmp_path / "bin" / "monet-data"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nPYTHONPATH="{REPOSITORY}" exec "{sys.executable}" -m data_prep "$@"\n')
@@ -55,7 +55,7 @@ def test_an_array_prepares_and_merges(submit: Submit, jsonl: Path, tokenizer: To
 
 
 def test_a_task_that_fails_is_not_merged(submit: Submit, jsonl: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """The merge leaves the queue; the same command resumes when the cause is repaired."""
+    """The merge leaves the queue; once the cause is repaired the same command resumes."""
     sources = shutil.copytree(jsonl, tmp_path / "sources")
     with sorted(sources.glob("*.jsonl"))[-1].open("a") as stream:
         stream.write("no JSON\n")

@@ -311,7 +311,7 @@ def test_the_recipe_of_fineweb_edu_reads_a_dataset_laid_out_like_it(data, tokeni
 
 
 def test_a_hub_dataset_that_moved_on(data, tokenizer: Tokenizer, tmp_path: Path, monkeypatch) -> None:
-    """Its new commit is not mixed with the old one, and the line tells how to resume with that."""
+    """Its new commit is not mixed with the old one, and the message says how to resume with the old one."""
     old, new = "a" * 40, "b" * 40
     addresses = [f"hf://datasets/owner/name@{old}/data/{number}.parquet" for number in range(2)]
     assert sources._version(addresses) == f"commit {old}"
@@ -341,7 +341,7 @@ def test_a_folder_of_save_to_disk_is_refused(data, tokenizer: Tokenizer, tmp_pat
 
 
 def test_the_recipe_of_starcoder_reads_a_dataset_laid_out_like_it(data, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A folder a language, and one with other columns that is not read."""
+    """One folder per language, and one with other columns that is not read."""
     hub = tmp_path / "starcoderdata"
     recipe = yaml.safe_load((REPOSITORY / "conf/data_prep/starcoder.yaml").read_text())
     assert {source["source"] for source in recipe["sources"]} == {"hf:bigcode/starcoderdata"}

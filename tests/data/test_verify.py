@@ -144,7 +144,7 @@ def test_a_lost_shard_is_rebuilt_alone(prepare: Callable[..., Path], shards: Pat
 def test_several_lost_shards_are_rebuilt_by_several_workers(
     prepare: Callable[..., Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a shard's rebuilding read ahead and left does not get into the next one's memory."""
+    """Chunks that rebuilding a shard has read ahead do not end up in the memory of the next one."""
     encode_chunk = data_prep.encode.encode_chunk
 
     def slowly(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:

@@ -48,5 +48,5 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def export(exports: dict[str, Path], checkpoint: str) -> Path:
-    """Our export of the published checkpoint of ``checkpoint``; not to be changed."""
+    """Our export of that published checkpoint; not to be changed."""
     return exports[checkpoint]

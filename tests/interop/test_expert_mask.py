@@ -1,4 +1,4 @@
-"""Experts switched off and scaled in transformers, held against the same masks in our own model."""
+"""Experts switched off and scaled in transformers, compared with the same masks in our own model."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Exports: what is in the folder, that nothing is lost on the way, and what is never overwritten."""
+"""Exports: what the folder holds, that nothing is lost, and what is never overwritten."""
 
 import json
 import shutil
@@ -81,7 +81,7 @@ def test_occupied_folders_stay_as_they_are(model: MonetForCausalLM, tmp_path: Pa
     with pytest.raises(UserError, match="file is a file"):
         save_pretrained(model, tmp_path / "file")
     for force in (False, True):
-        with pytest.raises(UserError, match="used is not empty and no earlier export"):
+        with pytest.raises(UserError, match="used is not empty and not an earlier export"):
             save_pretrained(model, tmp_path / "used", force=force)
     assert contents(tmp_path) == before
 

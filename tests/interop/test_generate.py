@@ -1,4 +1,4 @@
-"""Generation with our own model: the cache, the draws, the text as it streams, the command."""
+"""Generation with our own model: the cache, sampling, streaming text, the command."""
 
 import itertools
 import shutil

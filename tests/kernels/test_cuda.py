@@ -1,4 +1,4 @@
-"""What is particular to the CUDA kernels; what they compute is tested with the other implementations."""
+"""What only the CUDA kernels have; what they compute is tested with the other implementations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def masked_layer(form: str, tokens: int) -> Callable[[], list[Tensor]]:
 
 
 def router(tokens: int, experts: int) -> list[Tensor]:
-    """Gates, their layout, everything that is summed of them, and the gradients of that."""
+    """Gates, their layout, all sums over them, and the gradients of these sums."""
     z = torch.randn(tokens, 3, experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
     gates = Kernels("native").route(z, torch.full((3,), 1.5))
     assert isinstance(gates, kernels.CompactGates)

@@ -250,7 +250,7 @@ def test_recomputation(layer: str, backend: Backend) -> None:
 
 @pytest.mark.parametrize("layer", ["vertical", "horizontal"])
 def test_little_is_kept_for_backward(layer: str) -> None:
-    """Activations of active pairs only: 9% of the definition's, and that keeps several of each."""
+    """Only the activations of active pairs are kept: 9% of those of the definition, which keeps several copies."""
     shape = Shape(tokens=128, d=64, experts=512, m=12, heads=6, k=8)
 
     def kept(implementation: str) -> int:

@@ -237,7 +237,7 @@ def test_a_mask_of_ones_changes_nothing(form: str, implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ["native", "plain"])
 @pytest.mark.parametrize("form", FORMS)
 def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dtype, backend: Backend) -> None:
-    """Also of one token, where only its own experts are off: nothing is subtracted from unmasked sums."""
+    """Also for one token whose own experts alone are off: nothing is subtracted from unmasked sums."""
     case = make(form, Shape(tokens=20), None, dtype).copy(dtype, backend.device)
     case.mask = torch.zeros(1, 11, 11, device=backend.device)
     values = case.run(lambda: case.output(implementation))

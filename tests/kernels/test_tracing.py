@@ -124,7 +124,7 @@ OPERATIONS: dict[str, list[Callable[[Inputs], tuple[Any, ...]]]] = {
 
 
 def test_every_operation_is_here() -> None:
-    """Of the extension's operations, those that take tensors; the others tell how it was built."""
+    """The operations of the extension that take tensors; the others say how it was built."""
     names = {name.removeprefix("monet::") for name in torch._C._dispatch_get_all_op_names() if "monet::" in name}
     names -= {"built_with", "built_for_cuda", "instruction_set", "select_instruction_set"}
     assert names == set(OPERATIONS) == set(fake.OPERATIONS)

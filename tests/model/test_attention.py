@@ -62,7 +62,7 @@ def test_rotation_depends_on_distance_alone(config: MonetConfig, build: Build) -
 
 
 def test_grouped_heads_equal_repeated_heads(config: MonetConfig, build: Build) -> None:
-    """A model with two key/value heads is one with four of which pairs are equal."""
+    """A model with two key/value heads equals one with four heads that are equal in pairs."""
     grouped = build(replace(config, num_key_value_heads=2))
     whole = build(config)
     state = grouped.state_dict()

@@ -19,7 +19,7 @@ TOKENS, HEADS, EXPERTS = 10, 3, 8
 
 
 def gates(seed: int, unused: int = 0) -> Tensor:
-    """Random gates [T, H, E] in fp64, of which no token uses the first ``unused`` half-experts."""
+    """Random gates [T, H, E] in fp64; no token uses the first ``unused`` half-experts."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(TOKENS, HEADS, EXPERTS, generator=generator, dtype=torch.float64)
     logits[..., :unused] = -math.inf

@@ -1,6 +1,6 @@
 """Every decomposition against its definition, whole and cut over two ranks, and a third one added from outside.
 
-``additive`` is a toy: E_ij(x) = v1_i a_i + v2_j c_j + b_i. It is written here as docs/ tell a user to write one, and
+``additive`` is a toy: E_ij(x) = v1_i a_i + v2_j c_j + b_i. It is written here as docs/ tells a user to write one, and
 everything that asks a decomposition about itself is asked: configuration, initialisation, weight decay, sharding,
 FLOPs, masks, checkpoints.
 """

@@ -168,7 +168,7 @@ def test_a_file_holds_the_set(identity: ModelIdentity, tmp_path: Path) -> None:
 
 
 def test_the_layout_of_a_file(identity: ModelIdentity, tmp_path: Path) -> None:
-    """As docs/ describe it for other tools."""
+    """As docs/ describes it for other tools."""
     chosen = ExpertSet.choose(identity, 1, [(3, 14), (2, 7)], torch.tensor([0.0, 0.5]))
     chosen = chosen.union(ExpertSet.choose(identity, 0, [(9, 9)], layers=[1], heads=[2]))
     with safe_open(chosen.save(tmp_path / "set.safetensors"), "pt") as file:

@@ -18,7 +18,7 @@ BATCH, LENGTH = 3, 12
 
 
 def masked_targets(counted: int) -> Tensor:
-    """Targets [B, S] of which ``counted``, at random places, are not ignored."""
+    """Targets [B, S]; ``counted`` of them, at random places, are not ignored."""
     targets = tokens(BATCH, LENGTH).flatten()
     places = torch.randperm(len(targets), generator=torch.Generator().manual_seed(3))
     targets[places[counted:]] = IGNORED

@@ -1,4 +1,4 @@
-"""What the tests are written with: commands, runs, corpora, a local Slurm. No tests here."""
+"""Helpers of the tests: commands, runs, corpora, a local Slurm. No tests here."""
 
 from __future__ import annotations
 

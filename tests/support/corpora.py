@@ -19,7 +19,7 @@ SENTENCES = (
 
 
 def text_of(number: int) -> str:
-    """A document whose text tells its number."""
+    """A document whose text contains its number."""
     return f"Document {number}.\n" + SENTENCES[number % 7 :] * (1 + number % 5)
 
 

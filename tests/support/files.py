@@ -1,4 +1,4 @@
-"""Folders compared by what is in them."""
+"""Comparing folders by their contents."""
 
 from __future__ import annotations
 

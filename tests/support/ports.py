@@ -1,4 +1,4 @@
-"""Free ports. They lie below those that the kernel gives to outgoing connections, so that none takes them first."""
+"""Free ports, below those that the kernel gives to outgoing connections, so that none of these takes them first."""
 
 from __future__ import annotations
 

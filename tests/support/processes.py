@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from one that has done the imports, which are most of a small run's time.
+"""Processes that start immediately: forked from one that has done the imports, most of the time of a small run.
 
 Each has an environment, an output and an exit status of its own, as one that torchrun or a user's shell starts. The
 tests of the launchers themselves start real ones: see :mod:`tests.support.commands`.
@@ -31,7 +31,7 @@ _forking.set_forkserver_preload(["tests.support.worker"])
 def run_ranks(
     function: Callable[..., None], *arguments: object, ranks: int = 1, **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Call ``function(*arguments)`` in that many processes at once, with one thread each; what became of every rank.
+    """Call ``function(*arguments)`` in that many processes side by side, one thread each; return how every rank ended.
 
     If there are several, each is told its place by the environment variables that torchrun sets.
     """
@@ -64,7 +64,7 @@ def run_ranks(
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Where a process stands among all, in torchrun's variables."""
+    """The place of a process among all, in torchrun's variables."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     return {"MASTER_ADDR": "127.0.0.1", **{key: str(number) for key, number in numbers.items()}}
 
@@ -81,7 +81,7 @@ def _run(environment: dict[str, str], output: Path, function: Callable[..., None
 
 
 def _wait(processes: list[Any]) -> None:
-    """Until all have ended, but not forever; nor, once one has failed, for long."""
+    """Wait until all have ended: not forever, and not for long once one has failed."""
     deadline = time.monotonic() + LIMIT_SECONDS
     while running := [process for process in processes if process.exitcode is None]:
         if any(process.exitcode for process in processes):

@@ -2,7 +2,7 @@
 
 It needs root and Debian's packages slurm-wlm, slurmd, slurmctld, slurm-client and munge. Every node claims 64 cores and
 8 GPUs (stand-in device files), so that scripts written for nodes with 8 GPUs are accepted as they are. Ports and job
-numbers are chosen anew each time: several of these can run side by side, and so can a Slurm of the machine's own.
+numbers are new each time: several of these can run side by side, next to the machine's own Slurm, too.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class LocalSlurm:
         for i in range(GPUS):
             os.mknod(folder / f"gpu{i}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # /dev/null
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-{GPUS - 1}]\n")
-        # the numbers of jobs, of which the port of their ranks is made, begin above the ports that are taken
+        # job numbers, which give the ranks' ports, begin above the ports that are taken
         job, port, *node_ports = sorted(free_ports(2 + len(self.nodes)), reverse=True)
         nodes = [NODE.format(name=name, port=p, gpus=GPUS) for name, p in zip(self.nodes, node_ports, strict=True)]
         # nodes before the partition that has them all

@@ -14,7 +14,7 @@ from tests.support.corpora import real_texts, text_of
 
 
 def byte_level(folder: Path, special: str, marked: bool = True) -> Path:
-    """A tokenizer.json of bytes, frequent words and a special token at the end, which is marked as such or not."""
+    """A tokenizer.json of bytes, frequent words and a last special token, which may be marked as special or not."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -132,7 +132,7 @@ def _llama2_by_merges(words: list[str]) -> tuple[tokenizers.Tokenizer, dict[str,
 
 
 def _added_tokens(words: list[str]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Tokens that are added, of which the settings say otherwise than the file."""
+    """Added tokens about which the settings contradict the file."""
     inner = _bytes(words, pre_tokenizers.ByteLevel(False), "<|endoftext|>")
     inner.add_tokens(
         [

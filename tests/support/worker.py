@@ -1,4 +1,4 @@
-"""What the processes of :mod:`tests.support.processes` do."""
+"""The functions that the processes of :mod:`tests.support.processes` run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class KilledWhileSaving(Callback):
-    """Kills its process in the middle of writing the checkpoint of ``step``: when the callbacks' states are asked."""
+    """Kills its process while it writes the checkpoint of ``step``: when its state is asked for."""
 
     name = "killed_while_saving"
     phase = Phase.CONTROL
@@ -69,7 +69,7 @@ def counted_targets(index: int, length: int) -> torch.Tensor:
 
 
 def masked_sequence(dataset: PackedSequences, index: int) -> TokenSequence:
-    """A sequence as conversations have it: some of its targets do not count."""
+    """A sequence as in conversations: some of its targets do not count."""
     sequence = READ(dataset, index)
     return sequence._replace(loss_mask=counted_targets(index, len(sequence.tokens) - 1))
 

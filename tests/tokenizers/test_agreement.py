@@ -97,7 +97,7 @@ def exports(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def rebuilt(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What AutoTokenizer makes of each export in a fresh process."""
+    """The ids that AutoTokenizer gives for each export, in a fresh process."""
     texts = tmp_path_factory.mktemp("texts") / "texts.json"
     texts.write_text(json.dumps(TEXTS))
     folders = [str(folder) for folder in exports.values()]
@@ -169,7 +169,7 @@ def test_a_chat_template_is_kept(exports: dict[str, Path], files: dict[str, Path
 def test_everyone_takes_the_same_of_two_files(
     files: dict[str, Path], data, jsonl: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A folder with both: the SentencePiece model is the tokenizer, whoever looks."""
+    """In a folder with both files every command takes the SentencePiece model."""
     both = tmp_path / "both"
     both.mkdir()
     (both / "tokenizer.model").write_bytes(files["sentencepiece"].read_bytes())
@@ -209,7 +209,7 @@ def test_shards_and_checkpoints_keep_every_companion(files: dict[str, Path], dat
     arguments = ("shards", jsonl / "part-0.jsonl", "--tokenizer", source, "--out", out, "--workers", 1)
     assert data(*arguments)[0] == 0
     (out / "special_tokens_map.json").unlink()
-    assert data(*arguments)[0] == 0, "what went is put back"
+    assert data(*arguments)[0] == 0, "a missing companion is restored"
     shard_set = find_shards(out)
     model = model_of(381)
     checkpoint = tmp_path / "step_00000001"

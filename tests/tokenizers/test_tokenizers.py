@@ -1,4 +1,4 @@
-"""Tokenizers: trained, taken over, and their fast encoder."""
+"""Tokenizers: trained, copied, and their fast encoder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_fast_encoder_gives_the_ids_of_sentencepiece(tokenizer: Tokenizer) -
 
 
 def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What encodes otherwise on the probes is not used at all, what does so later stops the run."""
+    """An encoder that differs on the probes is not used at all; one that differs later stops the run."""
     description = convert_sentencepiece(tokenizer.path).to_str()
     assert FastEncoder.for_json(description, lambda texts: [[5] for _ in texts], ()) is None
     assert tokenizer.fast is not None
@@ -69,7 +69,7 @@ def test_an_encoder_that_differs_is_refused(jsonl: Path, tokenizer: Tokenizer, m
 
 
 def test_the_first_call_of_every_process_is_compared(jsonl: Path, tokenizer: Tokenizer) -> None:
-    """Also of a run so short that no worker comes to its 16th chunk."""
+    """Even in a run so short that no worker reaches its 16th chunk."""
     pytest.importorskip("fastokens")
     wrong = load_tokenizer(tokenizer.path)
     assert wrong.fast is not None
@@ -161,7 +161,7 @@ def test_merges_are_not_left_out_at_random(tmp_path: Path) -> None:
 def test_special_tokens_are_known_and_no_text_makes_them(
     data, tokenizer: Tokenizer, jsonl: Path, tmp_path: Path
 ) -> None:
-    """A text that writes `</s>` does not end there; the shard's last token of a document is its only such one."""
+    """A text with `</s>` in it does not end there: a document in the shard has one end-of-text token, its last."""
     folder = byte_level(tmp_path / "t", "<|fin|>")
     status, _, err = data("shards", jsonl / "*.jsonl", "--tokenizer", folder, "--out", tmp_path / "o", "--workers", 1)
     assert status == 2 and "none of the end-of-text tokens" in err and "tokenizer_config.json" in err

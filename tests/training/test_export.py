@@ -1,4 +1,4 @@
-"""What comes out of a run is one whole model, whatever the run was split over."""
+"""A run gives one whole model, whatever it was split over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each extension point of training, walked once: an optimizer, a schedule, a callback of another package."""
+"""Each extension point of training is used once: an optimizer, a schedule, a callback of another package."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def fit(run: Path, shards: Path, *overrides: str) -> Trainer:
 
 
 def resumed_equals_whole(folder: Path, shards: Path, *overrides: str) -> None:
-    """A run of 2 steps that resumes to 4 leaves what one of 4 leaves, bit for bit."""
+    """A run of 2 steps that resumes to 4 ends like one of 4 steps, bit for bit."""
     fit(folder / "whole", shards, "train.max_steps=4", *overrides)
     fit(folder / "run", shards, "train.max_steps=2", *overrides)
     fit(folder / "run", shards, "train.max_steps=4", *overrides)

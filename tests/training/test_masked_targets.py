@@ -19,7 +19,7 @@ from tests.support.runs import TINY, Training, records, train_in_turn
 from tests.support.worker import counted_targets, masked_sequence
 
 GRID = {1: [(1, 1, 0)], 2: [(2, 1, 1), (1, 2, 3)], 4: [(2, 2, 2), (4, 1, 1)]}  # (data, tensor, ZeRO stage)
-EMPTY = 7  # the step of which no target counts
+EMPTY = 7  # the step in which no target counts
 STEPS = 20
 
 

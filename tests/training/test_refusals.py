@@ -259,7 +259,7 @@ def test_launcher_that_says_nonsense(rank: str, world: str) -> None:
 
 
 def refusal(command: list[str], launch: Launch = ALONE) -> str:
-    """The one line with which a training is refused, by the same way in as the command's."""
+    """The one line with which a run is refused, through the same entry as the command's."""
     with pytest.raises(UserError) as refused:
         build_trainer(compose(command), launch)
     message = str(refused.value)
@@ -269,7 +269,7 @@ def refusal(command: list[str], launch: Launch = ALONE) -> str:
 
 
 def error_lines(stderr: str) -> list[str]:
-    """The lines for the user, in what libraries print besides."""
+    """The lines for the user, among everything that libraries print."""
     assert "Traceback" not in stderr
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 

@@ -1,4 +1,4 @@
-"""Sweeps train every run; a start that would train nothing under other values is refused."""
+"""A sweep trains every run; a start with other values that would train nothing is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def overrides(run: Path, shards: Path, *more: str) -> list[str]:
 
 
 def test_every_value_is_trained_in_a_folder_of_its_own(shards: Path, tmp_path: Path) -> None:
-    """Also after one that failed: it costs one line and the status."""
+    """A run that fails costs one line and the status; the others are trained."""
     sweep = ["-m", *overrides(tmp_path / "run", shards, "optimizer.lr=1e-3,1e30,2e-3")]
     (done,) = train(sweep)
     assert done.returncode == 2
@@ -53,7 +53,7 @@ def test_a_run_of_a_sweep_is_the_run_alone(shards: Path, tmp_path: Path) -> None
 
 
 def test_a_sweep_on_two_ranks(shards: Path, tmp_path: Path) -> None:
-    """All processes train one run after another, and meet anew for each."""
+    """All processes train one run after another, with a new rendezvous for each."""
     more = ("train.micro_batch_size=2", "optimizer.lr=1e-3,1e30,2e-3")
     ranks = train(["-m", *overrides(tmp_path / "run", shards, *more)], processes=2)
     assert [rank.returncode for rank in ranks] == [2, 2]
@@ -172,7 +172,7 @@ def test_a_damaged_configuration_is_one_line(finished: Path, shards: Path, tmp_p
 
 
 def test_a_configuration_of_an_earlier_version(finished: Path, shards: Path, tmp_path: Path) -> None:
-    """Keys that it does not have yet had their defaults."""
+    """Keys that are missing from it had their defaults."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = OmegaConf.load(run / "config.yaml")
@@ -185,6 +185,6 @@ def test_a_configuration_of_an_earlier_version(finished: Path, shards: Path, tmp
 
 
 def changed(run: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl that tell of changed values."""
+    """The lines of events.jsonl about changed values."""
     lines = map(json.loads, (run / "events.jsonl").read_text().splitlines())
     return [line for line in lines if line["event"] == "changed"]

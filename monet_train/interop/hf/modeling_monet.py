@@ -140,11 +140,11 @@ class MonetRouter(nn.Module):
         self.norm1 = RunningStatistics(self.heads)
         self.norm2 = RunningStatistics(self.heads)
 
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, BatchStatistics | None]:
+    def forward(self, x: Tensor, unpadded: Tensor | None) -> tuple[Tensor, Tensor, BatchStatistics | None]:
         """Route tokens.
 
         Args:
-            x: [T, d]. real: bool [T], False at padding, which is kept out of the batch statistics.
+            x: [T, d]. unpadded: bool [T], False at padding, which is kept out of the batch statistics.
 
         Returns:
             gates of side 1 and 2, [T, H, E]; in training with ``config.router_statistics == "update"`` also the
@@ -153,7 +153,7 @@ class MonetRouter(nn.Module):
         z1, z2 = split_heads(self.w1(x), self.heads), split_heads(self.w2(x), self.heads)
         batch = None
         if self.training and self.config.router_statistics == "update":
-            batch = self._batch_statistics(z1, z2, real)
+            batch = self._batch_statistics(z1, z2, unpadded)
             mean, var = batch.mean.to(z1.dtype), batch.var.to(z1.dtype)
         else:
             (mean1, var1), (mean2, var2) = self.norm1(z1), self.norm2(z2)
@@ -167,9 +167,9 @@ class MonetRouter(nn.Module):
         self.norm2.follow(batch.mean[1], batch.var[1], batch.count)
 
     @torch.no_grad()
-    def _batch_statistics(self, z1: Tensor, z2: Tensor, real: Tensor | None) -> BatchStatistics:
-        if real is not None:
-            z1, z2 = z1[real], z2[real]
+    def _batch_statistics(self, z1: Tensor, z2: Tensor, unpadded: Tensor | None) -> BatchStatistics:
+        if unpadded is not None:
+            z1, z2 = z1[unpadded], z2[unpadded]
         moments = torch.stack([head_moments(z1), head_moments(z2)])
         return BatchStatistics.from_moments(moments, moments.new_full((), len(z1) * self.experts))
 
@@ -244,7 +244,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None,
-        real: Tensor | None,
+        unpadded: Tensor | None,
         factors: Tensor | None,
         past: int,
         past_key_values: Cache | None = None,
@@ -253,7 +253,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
 
         Args:
             hidden: [B, S, d]. g1, g2: gates of the group [B*S, H, E]; not read by a layer that routes.
-            cos, sin: rotary tables. mask: see :func:`mask_for_attention`. real: bool [B*S], False at padding.
+            cos, sin: rotary tables. mask: see :func:`mask_for_attention`. unpadded: bool [B*S], False at padding.
             factors: of this layer's experts, [1 or H, E, E]; an argument, so that a recomputation has the same.
 
         Returns:
@@ -265,7 +265,7 @@ class MonetDecoderLayer(GradientCheckpointingLayer):
         tokens = x.flatten(0, 1)
         statistics = None
         if self.router is not None:
-            g1, g2, statistics = self.router(tokens, real)
+            g1, g2, statistics = self.router(tokens, unpadded)
         if factors is not None:
             factors = factors.to(tokens.device)
         hidden = hidden + self.moe(tokens, g1, g2, factors).view_as(x)
@@ -389,9 +389,9 @@ class MonetModel(MonetPreTrainedModel):
             position_ids = torch.arange(past, past + length, device=hidden.device)[None]
         cos, sin = rotary_tables(position_ids, hidden.shape[-1] // config.num_attention_heads, config.rope_theta)
         mask = mask_for_attention(attention_mask, past, length, hidden.device)
-        real = None
+        unpadded = None
         if mask is not None and attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:].bool().flatten()
+            unpadded = attention_mask[:, -length:].bool().flatten()
 
         g1 = g2 = hidden.new_empty(0)  # the first layer routes
         states: list[Tensor] = []
@@ -400,7 +400,16 @@ class MonetModel(MonetPreTrainedModel):
             if output_hidden_states:
                 states.append(hidden)
             hidden, g1, g2, statistics = layer(
-                hidden, g1, g2, cos, sin, mask, real, layer.expert_mask.factors, past, past_key_values=past_key_values
+                hidden,
+                g1,
+                g2,
+                cos,
+                sin,
+                mask,
+                unpadded,
+                layer.expert_mask.factors,
+                past,
+                past_key_values=past_key_values,
             )
             if statistics is not None and layer.router is not None:
                 # here, because a layer under gradient checkpointing runs twice
