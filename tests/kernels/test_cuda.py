@@ -67,9 +67,9 @@ def layer(name: str, tokens: int) -> Callable[[], list[Tensor | None]]:
     return lambda: case.copy().run("native")
 
 
-def masked_layer(form: str, tokens: int) -> Callable[[], list[Tensor]]:
+def masked_layer(decomposition: str, tokens: int) -> Callable[[], list[Tensor]]:
     shape = test_masks.Shape(tokens=tokens, d=70, experts=41)
-    case = test_masks.make(form, shape, test_masks.scales, torch.float32).copy(torch.float32)
+    case = test_masks.make(decomposition, shape, test_masks.scales, torch.float32).copy(torch.float32)
 
     def run() -> list[Tensor]:
         ours = case.copy(torch.float32)
@@ -92,7 +92,11 @@ def router(tokens: int, experts: int) -> list[Tensor]:
 
 RUNS = {
     **{f"{name} {tokens}": layer(name, tokens) for name in test_experts.LAYERS for tokens in (5, 40)},
-    **{f"masked {form} {tokens}": masked_layer(form, tokens) for form in test_masks.FORMS for tokens in (5, 40)},
+    **{
+        f"masked {decomposition} {tokens}": masked_layer(decomposition, tokens)
+        for decomposition in test_masks.DECOMPOSITIONS
+        for tokens in (5, 40)
+    },
     "router, several blocks of tokens": lambda: router(600, 70),
     "router, more half-experts than threads": lambda: router(20, 1030),
 }

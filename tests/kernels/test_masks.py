@@ -17,7 +17,7 @@ from tests.kernels.conftest import Backend, fixed_weights, normal_threshold
 
 pytestmark = pytest.mark.usefixtures("native")
 
-FORMS = ("vertical", "horizontal")
+DECOMPOSITIONS = ("vertical", "horizontal")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ MASKS = (by_pair, by_half_expert, by_head, scales)
 class Case:
     """Logits [T, H, E] of both sides, thresholds [H], a mask, tokens [T, d], weights and output biases."""
 
-    form: str
+    decomposition: str
     z: list[Tensor]
     threshold: Tensor
     mask: Tensor | None
@@ -103,7 +103,7 @@ class Case:
         """The layer with its output bias."""
         g1, g2 = (Kernels(implementation).route(z, self.threshold.to(z)) for z in self.z)
         r1, r2 = kernels.expert_weights(g1, g2, self.mask)
-        if self.form == "vertical":
+        if self.decomposition == "vertical":
             bias = torch.cat([kernels.expert_bias(r, b) for r, b in zip((r1, r2), self.biases, strict=True)], -1)
             return kernels.vertical_experts(self.x, g1, g2, self.mask, *self.weights) + bias
         bias = kernels.expert_bias(r2, self.biases[0])
@@ -113,7 +113,7 @@ class Case:
         """sum_h sum_ij M_ij g1_hi g2_hj E_ij(x) with all experts E_ij(x) [T, E, E, d] in front of us."""
         g1, g2 = (plain.gates(z, self.threshold.to(z)) for z in self.z)
         experts = g1.shape[-1]
-        if self.form == "vertical":
+        if self.decomposition == "vertical":
             u1, u1_bias, u2, u2_bias, *v = self.weights
             a = F.relu(self.x @ u1.t() + u1_bias).square().unflatten(-1, (experts, -1))
             c = F.relu(self.x @ u2.t() + u2_bias).square().unflatten(-1, (experts, -1))
@@ -138,7 +138,7 @@ class Case:
         return [out.detach(), *(leaf.grad for leaf in self.leaves())]  # type: ignore[list-item]
 
 
-def make(form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, dtype: torch.dtype) -> Case:
+def make(decomposition: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, dtype: torch.dtype) -> Case:
     """A case in fp64 whose numbers are those of ``dtype``, so that every precision computes the same."""
     generator = torch.Generator().manual_seed(7)
 
@@ -151,14 +151,14 @@ def make(form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, dty
     if shape.all_active:
         threshold = torch.full_like(threshold, -math.inf)
     inner = E * m // 2
-    if form == "vertical":
+    if decomposition == "vertical":
         sizes: list[tuple[int, ...]] = [(inner, d), (inner,), (inner, d), (inner,), *[(d // 2, inner)] * 4]
         widths = [d // 2] * 2
     else:
         sizes, widths = [(E * m, d), (E * m,), (d, E * m)], [d]
     weights = [normal(*size, scale=d**-0.5) for size in sizes]
     biases = [normal(E, width) for width in widths]
-    return Case(form, z, threshold, mask and mask(H, E), normal(T, d), weights, biases)
+    return Case(decomposition, z, threshold, mask and mask(H, E), normal(T, d), weights, biases)
 
 
 def assert_agree(values: list[Tensor], reference: list[Tensor], dtype: torch.dtype, sparse: bool = True) -> None:
@@ -173,12 +173,12 @@ def assert_agree(values: list[Tensor], reference: list[Tensor], dtype: torch.dty
 
 @pytest.mark.parametrize("mask", [*MASKS, None], ids=lambda mask: mask.__name__ if mask else "none")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_against_every_expert(
-    form: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, backend: Backend
+    decomposition: str, shape: Shape, mask: Callable[[int, int], Tensor] | None, backend: Backend
 ) -> None:
     """fp64: the definition and the kernels against the expansion."""
-    case = make(form, shape, mask, torch.float64)
+    case = make(decomposition, shape, mask, torch.float64)
     written_out = case.copy()
     expected = written_out.run(written_out.every_expert)
     for implementation in ("plain", "native"):
@@ -188,11 +188,11 @@ def test_against_every_expert(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.__name__)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_in_lower_precision(
-    form: str, mask: Callable[[int, int], Tensor], dtype: torch.dtype, backend: Backend
+    decomposition: str, mask: Callable[[int, int], Tensor], dtype: torch.dtype, backend: Backend
 ) -> None:
-    case = make(form, Shape(tokens=40, d=34, experts=23), mask, dtype)
+    case = make(decomposition, Shape(tokens=40, d=34, experts=23), mask, dtype)
     exact, ours = case.copy(), case.copy(dtype, backend.device)
     values = ours.run(lambda: ours.output("native"))
     assert values[0].dtype == dtype
@@ -200,20 +200,20 @@ def test_in_lower_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_instruction_set(instruction_set: str, form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_every_instruction_set(instruction_set: str, decomposition: str, dtype: torch.dtype) -> None:
     """47 units of an expert (side) are pieces of every size."""
-    case = make(form, Shape(tokens=40, d=34, m=94 if form == "vertical" else 47), scales, dtype)
+    case = make(decomposition, Shape(tokens=40, d=34, m=94 if decomposition == "vertical" else 47), scales, dtype)
     assert torch.ops.monet.instruction_set() == instruction_set
     exact, ours = case.copy(), case.copy(dtype)
     values = ours.run(lambda: ours.output("native"))
     assert_agree(values, exact.run(lambda: exact.output("plain")), dtype)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str, backend: Backend) -> None:
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_gradcheck(decomposition: str, backend: Backend) -> None:
     shape = Shape(tokens=3, d=4, experts=6, m=4, heads=2, k=2)
-    case = make(form, shape, scales, torch.float64).copy(device=backend.device)
+    case = make(decomposition, shape, scales, torch.float64).copy(device=backend.device)
     count = len(case.weights)
 
     def output(*leaves: Tensor) -> Tensor:
@@ -224,9 +224,9 @@ def test_gradcheck(form: str, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["native", "plain"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_mask_of_ones_changes_nothing(form: str, implementation: str) -> None:
-    case = make(form, Shape(tokens=40), None, torch.float64)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_a_mask_of_ones_changes_nothing(decomposition: str, implementation: str) -> None:
+    case = make(decomposition, Shape(tokens=40), None, torch.float64)
     ones = replace(case, mask=torch.ones(1, 11, 11))
     unmasked, masked = case.copy(), ones.copy()
     expected = unmasked.run(lambda: unmasked.output(implementation))
@@ -235,10 +235,10 @@ def test_a_mask_of_ones_changes_nothing(form: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("implementation", ["native", "plain"])
-@pytest.mark.parametrize("form", FORMS)
-def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dtype, backend: Backend) -> None:
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_all_off_is_exactly_zero(decomposition: str, implementation: str, dtype: torch.dtype, backend: Backend) -> None:
     """Also for one token whose own experts alone are off: nothing is subtracted from unmasked sums."""
-    case = make(form, Shape(tokens=20), None, dtype).copy(dtype, backend.device)
+    case = make(decomposition, Shape(tokens=20), None, dtype).copy(dtype, backend.device)
     case.mask = torch.zeros(1, 11, 11, device=backend.device)
     values = case.run(lambda: case.output(implementation))
     assert all((value == 0).all() for value in values)
@@ -250,11 +250,11 @@ def test_all_off_is_exactly_zero(form: str, implementation: str, dtype: torch.dt
     assert (out != 0).any()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_weights_of_both_signs_that_cancel(form: str, backend: Backend) -> None:
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_weights_of_both_signs_that_cancel(decomposition: str, backend: Backend) -> None:
     """A half-expert whose weights sum to exactly 0 still passes a gradient to its gates."""
     shape = Shape(tokens=3, experts=4, heads=1, all_active=True)
-    case = make(form, shape, lambda H, E: torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(1, E, E), torch.float64)
+    case = make(decomposition, shape, lambda H, E: torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(1, E, E), torch.float64)
     case.z[1].zero_()  # equal gates of side 2
     case.mask = case.mask + case.mask.mT if case.mask is not None else None
     written_out, native = case.copy(), case.copy(device=backend.device)
@@ -262,9 +262,9 @@ def test_weights_of_both_signs_that_cancel(form: str, backend: Backend) -> None:
     assert_agree(native.run(lambda: native.output("native")), expected, torch.float64)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_same_bits_with_any_number_of_threads(form: str, with_threads: Callable[[int], None]) -> None:
-    case = make(form, Shape(tokens=1100, d=64, experts=40, m=8, heads=4), by_pair, torch.float32)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_same_bits_with_any_number_of_threads(decomposition: str, with_threads: Callable[[int], None]) -> None:
+    case = make(decomposition, Shape(tokens=1100, d=64, experts=40, m=8, heads=4), by_pair, torch.float32)
     with_threads(1)
     one, three = case.copy(torch.float32), case.copy(torch.float32)
     first = one.run(lambda: one.output("native"))
@@ -274,9 +274,9 @@ def test_same_bits_with_any_number_of_threads(form: str, with_threads: Callable[
 
 
 @pytest.mark.parametrize("what", ["token", "logit"])
-@pytest.mark.parametrize("form", FORMS)
-def test_nan_stays_visible(form: str, what: str, backend: Backend) -> None:
-    case = make(form, Shape(), by_pair, torch.float32).copy(torch.float32, backend.device)
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_nan_stays_visible(decomposition: str, what: str, backend: Backend) -> None:
+    case = make(decomposition, Shape(), by_pair, torch.float32).copy(torch.float32, backend.device)
     with torch.no_grad():
         for tensor in (case.x,) if what == "token" else case.z:
             tensor[5].view(-1)[2] = math.nan

@@ -40,10 +40,10 @@ class Inputs:
     def leaf(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.normal(*shape, dtype=dtype).requires_grad_()
 
-    def layer(self, form: str, mask: bool, by_columns: bool = False) -> tuple[Any, ...]:
+    def layer(self, decomposition: str, mask: bool, by_columns: bool = False) -> tuple[Any, ...]:
         """Inputs of an expert layer."""
         inner = EXPERTS * UNITS
-        if form == "vertical":
+        if decomposition == "vertical":
             inputs, outputs = [(inner, WIDTH), (inner,)] * 2, [(WIDTH // 2, inner)] * 4
         else:
             inputs, outputs = [(inner, WIDTH), (inner,)], [(WIDTH, inner)]
@@ -101,18 +101,18 @@ OPERATIONS: dict[str, list[Callable[[Inputs], tuple[Any, ...]]]] = {
     "sum_of_largest": [of_gates],
     "sum_of_largest_backward": [of_gates_backward(HEADS)],
     **{
-        f"{form}_experts": [
-            lambda i, form=form: i.layer(form, mask=False),
-            lambda i, form=form: i.layer(form, mask=True, by_columns=True),
+        f"{decomposition}_experts": [
+            lambda i, d=decomposition: i.layer(d, mask=False),
+            lambda i, d=decomposition: i.layer(d, mask=True, by_columns=True),
         ]
-        for form in ("vertical", "horizontal")
+        for decomposition in ("vertical", "horizontal")
     },
     **{
-        f"{form}_experts_backward": [
-            lambda i, form=form: i.backward(f"{form}_experts", i.layer(form, mask=False)),
-            lambda i, form=form: i.backward(f"{form}_experts", i.layer(form, mask=True, by_columns=True)),
+        f"{decomposition}_experts_backward": [
+            lambda i, d=decomposition: i.backward(f"{d}_experts", i.layer(d, mask=False)),
+            lambda i, d=decomposition: i.backward(f"{d}_experts", i.layer(d, mask=True, by_columns=True)),
         ]
-        for form in ("vertical", "horizontal")
+        for decomposition in ("vertical", "horizontal")
     },
     "expert_weights": [both_sides],
     "expert_weights_backward": [
