@@ -55,7 +55,7 @@ class Stepper:
         self.engine.train()
         self.objective = LanguageModelling(config.train.uniformity_weight, config.train.ambiguity_weight)
         self.step = 0
-        self.active: list[list[float]] = []  # of every router in the last micro-step: half-experts a token, by side
+        self.active: list[list[float]] = []  # of every router in the last micro-step: half-experts per token, by side
 
     def __call__(self) -> float:
         """One optimizer step; its cross-entropy."""
