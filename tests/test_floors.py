@@ -16,7 +16,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_every_package_has_a_floor() -> None:
-    missing = {floors.room(name) for name in floors.modules()} - floors.HEIGHT.keys()
+    missing = {floors.package(name) for name in floors.modules()} - floors.HEIGHT.keys()
     assert not missing, f"give {', '.join(sorted(missing))} a floor in tests/support/floors.py"
 
 
@@ -26,7 +26,7 @@ def test_no_import_runs_up() -> None:
 
 
 def test_no_circle_between_packages() -> None:
-    circle = floors.circle(floors.rooms(floors.imports()))
+    circle = floors.circle(floors.packages(floors.imports()))
     assert not circle, " imports ".join(circle)
 
 
@@ -70,5 +70,5 @@ def test_imports_are_found_wherever_they_are(tmp_path: Path) -> None:
         ("monet_train.training.loop", "monet_train.data.corpus", 5),
         ("data_prep.ids", "monet_train.errors", 1),
     }
-    assert {floors.room(each.imported) for each in floors.upward(found)} == {"train", "training", "data_prep"}
-    assert floors.circle(floors.rooms(found)) == ["data", "training", "data"]
+    assert {floors.package(each.imported) for each in floors.upward(found)} == {"train", "training", "data_prep"}
+    assert floors.circle(floors.packages(found)) == ["data", "training", "data"]

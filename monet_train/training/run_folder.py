@@ -33,8 +33,8 @@ SHOWN_CHANGES = 3  # in a refusal
 # Keys that may change when a finished run is started again: where files are, what is shown and saved, what the run
 # runs on. Data and order are compared by content, length by steps. Not eval or callbacks: they would do nothing.
 WITHOUT_EFFECT = (
-    "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.max_steps", "train.max_tokens",
-    "kernels", "checkpoint.", "logging.",
+    "run.dir", "data.path", "data.cache_dir", "train.device", "train.recompute", "train.compile",
+    "train.max_steps", "train.max_tokens", "kernels", "checkpoint.", "logging.",
 )  # fmt: skip
 PACKAGES = ("monet-train", "torch", "deepspeed", "megatron-core", "transformers", "datasets", "sentencepiece", "wandb")
 

@@ -17,7 +17,7 @@ SOURCES = ("monet_train", "data_prep")
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- imports -->\n", "<!-- end of imports -->\n"
 
-# From the ground up. A room may import rooms of lower floors, and rooms of its own floor if they make no circle.
+# From the ground up. A package may import those of lower floors, and those of its own floor if they make no circle.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "durable", "typed", "fingerprint"),
     ("tokenizers",),
@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("monet_train",),  # its __init__: the public names
     ("data_prep",),  # a program of its own, on top of monet_train
 )
-HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+HEIGHT = {package: height for height, packages in enumerate(FLOORS) for package in packages}
 
 
 class Import(NamedTuple):
@@ -48,13 +48,13 @@ class Import(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} ({room(self.importer)}) imports {self.imported} ({room(self.imported)})"
+        return f"{self.file}:{self.line} ({package(self.importer)}) imports {self.imported} ({package(self.imported)})"
 
 
-def room(module: str) -> str:
-    """The room of a dotted module: its package below ``monet_train``, ``monet_train`` itself, or ``data_prep``."""
-    package, _, rest = module.partition(".")
-    return rest.partition(".")[0] or package if package == "monet_train" else package
+def package(module: str) -> str:
+    """The package of a dotted module: its package below ``monet_train``, ``monet_train`` itself, or ``data_prep``."""
+    top, _, rest = module.partition(".")
+    return rest.partition(".")[0] or top if top == "monet_train" else top
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
@@ -77,11 +77,11 @@ def imports(root: Path = ROOT) -> list[Import]:
     ]
 
 
-def rooms(found: list[Import]) -> dict[str, set[str]]:
-    """For each room the other rooms that it imports."""
+def packages(found: list[Import]) -> dict[str, set[str]]:
+    """For each package the other packages that it imports."""
     graph: dict[str, set[str]] = {}
     for statement in found:
-        source, target = room(statement.importer), room(statement.imported)
+        source, target = package(statement.importer), package(statement.imported)
         graph.setdefault(source, set())
         graph.setdefault(target, set())
         if source != target:
@@ -91,7 +91,7 @@ def rooms(found: list[Import]) -> dict[str, set[str]]:
 
 def upward(found: list[Import]) -> list[Import]:
     """The imports that run up."""
-    return [each for each in found if HEIGHT[room(each.imported)] > HEIGHT[room(each.importer)]]
+    return [each for each in found if HEIGHT[package(each.imported)] > HEIGHT[package(each.importer)]]
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -132,9 +132,9 @@ def _imported(tree: ast.Module, name: str, is_package: bool, known: dict[str, Pa
 def _absolute(node: ast.ImportFrom, name: str, is_package: bool) -> str:
     if not node.level:
         return node.module or ""
-    package = name.split(".")
-    package = package[: len(package) - node.level + is_package]
-    return ".".join([*package, *(node.module or "").split(".")]).rstrip(".")
+    parts = name.split(".")
+    parts = parts[: len(parts) - node.level + is_package]
+    return ".".join([*parts, *(node.module or "").split(".")]).rstrip(".")
 
 
 def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -154,7 +154,7 @@ def reduced(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def documented() -> str:
     """The picture (a Mermaid graph of the edges that do not follow from others) and the list of all, as Markdown."""
-    graph = rooms(imports())
+    graph = packages(imports())
     ordered = [name for floor in FLOORS for name in floor if name in graph]
     drawn = reduced(graph)
     arrows = [f"  {name} --> {target}" for name in reversed(ordered) for target in sorted(drawn[name])]
