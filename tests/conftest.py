@@ -1,19 +1,23 @@
-"""What all tests share: a Slurm, and small corpora made once per session."""
+"""What all tests share: how they run side by side, a Slurm, and small corpora made once."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # before anything imports transformers, which reads them once
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+if "PYTEST_XDIST_WORKER" in os.environ:  # before anything imports torch: the cores belong to the workers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -25,13 +29,72 @@ from monet_train.tokenizers import Tokenizer, load_tokenizer
 from tests.support import slurm as support_slurm
 from tests.support.commands import command, exit_status
 from tests.support.corpora import text_of
+from tests.support.shared import made_once
+
+LONG = ("distributed", "slurm", "slow")  # markers of tests that take long, the longest first
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_modules_left_behind() -> Iterator[None]:
-    """Removes the code of models that transformers copied."""
-    yield
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker takes whole files, which share fixtures, in the order of the collection; all of Slurm goes to one."""
+    if config.getoption("dist") != "load":
+        return None  # another way was asked for
+
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "slurm" if Path(file).name == "test_slurm.py" else file
+
+    config.option.loadscopereorder = False
+    return WholeFiles(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers start with the files that take longest, so that none is left with one of them at the end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    order: dict[Path, int] = {}
+    for item in items:
+        place = min((LONG.index(mark.name) for mark in item.iter_markers() if mark.name in LONG), default=len(LONG))
+        order[item.path] = min(place, order.get(item.path, place))
+    items.sort(key=lambda item: order[item.path])
+
+
+def pytest_unconfigure() -> None:
+    """Removes the code of models that transformers copied; in workers, and in the process that only starts them."""
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
+# set once per process, always to the same, by what is imported or first used: torch, DeepSpeed, fastokens
+SET_AT_IMPORT = {"TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR", "FASTOKENS_BPE_THREADS"}
+
+
+def process_state() -> dict[str, object]:
+    """What a test could leave changed for those after it."""
+    exempt = SET_AT_IMPORT | {"PYTEST_CURRENT_TEST"}
+    return {
+        **{f"environment variable {name}": value for name, value in os.environ.items() if name not in exempt},
+        **{f"handler of {number.name}": signal.getsignal(number) for number in SIGNALS},
+        "sys.argv": list(sys.argv),
+        "working directory": Path.cwd(),
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def process_stays_as_it_was() -> Iterator[None]:
+    """No test changes the process for the next: which one that is depends on how many workers there are."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    assert {name: (before.get(name), after.get(name)) for name in changed} == {}
 
 
 @pytest.fixture
@@ -58,17 +121,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Not the source ``python``: that has the licences of whatever is installed, whose characters need not fit 512 pieces.
     """
-    folder = tmp_path_factory.mktemp("text")
     library = Path(sysconfig.get_paths()["stdlib"])
     sources = [
         library / name for name in ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "xml")
     ]
-    for arguments in (
-        ["tokenizer", *sources, "--max-bytes", "1M", "--vocab-size", "512", "--out", folder / "tokenizer"],
-        ["shards", *sources, "--max-bytes", "2M", "--tokenizer", folder / "tokenizer", "--out", folder / "shards"],
-    ):
-        command([sys.executable, "-m", "data_prep", *map(str, arguments)])
-    return folder / "shards"
+
+    def make(folder: Path) -> None:
+        for arguments in (
+            ["tokenizer", *sources, "--max-bytes", "1M", "--vocab-size", "512", "--out", folder / "tokenizer"],
+            ["shards", *sources, "--max-bytes", "2M", "--tokenizer", folder / "tokenizer", "--out", folder / "shards"],
+        ):
+            command([sys.executable, "-m", "data_prep", *map(str, arguments)])
+
+    return made_once(tmp_path_factory, "text", make) / "shards"
 
 
 @pytest.fixture(scope="session")

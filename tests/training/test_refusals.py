@@ -22,7 +22,7 @@ from tests.support.runs import TINY, train
 ALONE = Launch(rank=0, world_size=1, local_rank=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """Starting a process group sets RANK and the like, which later tests must not see."""
     with mock.patch.dict(os.environ):
@@ -33,7 +33,8 @@ def own_environment() -> Iterator[None]:
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step with its checkpoint. Not to be changed."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    with build_trainer(compose([*overrides(run, shards), "train.max_steps=1"]), ALONE) as trainer:
+    configuration = compose([*overrides(run, shards), "train.max_steps=1"])
+    with mock.patch.dict(os.environ), build_trainer(configuration, ALONE) as trainer:
         trainer.fit()
     return run
 

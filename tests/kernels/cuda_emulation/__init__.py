@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from monet_train.kernels import fake
@@ -36,8 +37,10 @@ def missing() -> str | None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library, built if its sources have changed; its operations are registered."""
-    library = _build()
+    """The library, built if its sources have changed, by one process for all; its operations are registered."""
+    BUILD.parent.mkdir(exist_ok=True)
+    with FileLock(BUILD.with_suffix(".lock")):
+        library = _build()
     torch.ops.load_library(library)
     fake.register(NAME)
     return ctypes.CDLL(str(library))
