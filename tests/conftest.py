@@ -31,7 +31,7 @@ from tests.support.commands import command, exit_status
 from tests.support.corpora import text_of
 from tests.support.shared import made_once
 
-LONG = ("distributed", "slurm", "slow")  # markers of tests that take long, the longest first
+LONG = ("timeout", "distributed", "slurm", "slow")  # markers of tests that take long, the longest first
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -68,8 +68,14 @@ def pytest_unconfigure() -> None:
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
-# set once per process, always to the same, by what is imported or first used: torch, DeepSpeed, fastokens
-SET_AT_IMPORT = {"TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK", "DS_ACCELERATOR", "FASTOKENS_BPE_THREADS"}
+# set by torch, DeepSpeed and fastokens for themselves when they are imported or first used, and meant to stay
+SET_AT_IMPORT = {
+    "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "DS_ACCELERATOR",
+    "FASTOKENS_BPE_THREADS",
+}
 
 
 def process_state() -> dict[str, object]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -16,6 +18,7 @@ import pytest
 from monet_train.config.compose import compose
 from monet_train.errors import UserError
 from monet_train.parallel.launch import Launch
+from monet_train.training.callbacks.stop_signal import SIGNALS
 from monet_train.training.events import EVENTS, Event, append_event, read_events
 from monet_train.training.setup import build_trainer
 from tests.support.runs import TINY, Training, train, train_in_turn
@@ -23,9 +26,12 @@ from tests.support.runs import TINY, Training, train, train_in_turn
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """Starting a process group sets RANK and the like, which later tests must not see."""
+    """Starting a process group sets RANK and the like, and a run that is stopped ignores SIGTERM from then on."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with mock.patch.dict(os.environ):
         yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -89,3 +95,15 @@ def test_a_step_that_is_not_finite_is_told(shards: Path, tmp_path: Path) -> None
     (start, (name, step, message)) = told(tmp_path / "run")
     assert (start, name, step) == (("start", 0), "fault", 1)
     assert message.startswith("not finite: loss nan")
+
+
+def test_a_run_that_ends_gives_the_signal_handlers_back(shards: Path, tmp_path: Path) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
+        """That of the process which trains."""
+
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    base = [*TINY, f"data.path={shards}", f"run.dir={tmp_path}/run", "train.max_steps=1"]
+    with build_trainer(compose(base), Launch(0, 1, 0)) as trainer:
+        trainer.fit()
+    assert [signal.getsignal(number) for number in SIGNALS] == [handler, handler]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import Any
 
 from monet_train.training.loop import Callback, Phase, Trainer
 
@@ -18,13 +19,14 @@ class StopSignal(Callback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self.before: dict[signal.Signals, Any] = {}  # the handlers of the process
 
     def on_start(self, trainer: Trainer) -> None:
         def request(number: int, frame: FrameType | None) -> None:
             trainer.request_stop()
 
         for number in SIGNALS:
-            signal.signal(number, request)
+            self.before[number] = signal.signal(number, request)
 
     def on_end(self, trainer: Trainer) -> None:
         self.stopped = trainer.step < trainer.total_steps
@@ -32,5 +34,5 @@ class StopSignal(Callback):
     def close(self) -> None:
         # launchers send SIGTERM to the ranks that remain when the first one has left; these have saved too and should
         # end with the same status
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN if self.stopped else signal.SIG_DFL)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if self.stopped else handler)
