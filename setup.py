@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 BINDINGS = "csrc/bindings"
+sources_digest = runpy.run_path("monet_train/kernels/sources.py")["sources_digest"]
 COMMON_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -125,9 +127,13 @@ def cuda_architectures() -> list[str]:
 
 
 def torch_defines(torch) -> list[str]:
-    """Macros that tie the binding to the torch it is built against."""
+    """Macros that tie the binding to the torch and the sources it is built against."""
     abi = int(torch.compiled_with_cxx11_abi())
-    return [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f'-DMONET_TORCH_VERSION="{torch.__version__}"']
+    return [
+        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        f'-DMONET_TORCH_VERSION="{torch.__version__}"',
+        f'-DMONET_SOURCES="{sources_digest(Path("csrc"))}"',
+    ]
 
 
 def instruction_set(source: str) -> list[str]:

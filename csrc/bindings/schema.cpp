@@ -10,6 +10,7 @@
 
 TORCH_LIBRARY(MONET_LIBRARY, m) {
   m.def("built_with() -> str", [] { return std::string(MONET_TORCH_VERSION); });
+  m.def("built_from() -> str", [] { return std::string(MONET_SOURCES); });
   m.def("built_for_cuda() -> bool", [] {
     const auto route = c10::Dispatcher::singleton().findSchemaOrThrow(MONET_OPERATION("route"), "");
     return route.hasKernelForDispatchKey(c10::DispatchKey::CUDA);

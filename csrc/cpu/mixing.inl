@@ -290,7 +290,7 @@ MixHorizontalBackward<C> from_unit(MixHorizontalBackward<C> p, int64_t u) {
   return p;
 }
 
-// The published models have half as many heads as an expert has units: as many as a half-expert of the vertical form.
+// The published models have half as many heads as an expert has units: as many as a half-expert of the vertical one.
 template <class C>
 void vertical(const MixVertical<C>& p, TokenRange tokens, WorkspaceVector* workspace) {
   for_each_piece<C>(p.units, [&](int64_t u, auto count) {

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 from monet_train.kernels import fake
+from monet_train.kernels.sources import sources_digest
+
+CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @torch.compiler.assume_constant_result
@@ -34,7 +37,14 @@ def _load() -> str | None:
         return f"{library.name} does not load: {str(error).splitlines()[0]}"
     if built_with != torch.__version__:
         return f"built for torch {built_with}, this is {torch.__version__}: install again to rebuild"
-    if not all(hasattr(torch.ops.monet, name) for name in fake.OPERATIONS):
+    if not all(hasattr(torch.ops.monet, name) for name in ("built_from", *fake.OPERATIONS)):
         return "built from older sources: install again to rebuild"
+    if not _is_current():
+        return "built before csrc/ changed: run make install to rebuild"
     fake.register()
     return None
+
+
+def _is_current(csrc: Path = CSRC) -> bool:
+    """Whether the extension was built from the sources beside it. In an installed package there are none."""
+    return not csrc.is_dir() or torch.ops.monet.built_from() == sources_digest(csrc)
