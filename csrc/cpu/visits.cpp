@@ -21,11 +21,12 @@ struct OtherSide {
     const int64_t heads = p.side2.heads;
     std::vector<int32_t> of_pair(pairs.count);
     experts_of_pairs(pairs, of_pair.data());
-    for (size_t entry = 0; entry < expert.size(); ++entry) {
-      const int64_t pair = pairs.row_pair[entry];
-      expert[entry] = of_pair[pair];
-      std::copy_n(p.side2.gates + pair * heads, heads, &gates[entry * heads]);
-    }
+    for (int64_t t = 0; t < p.tokens; ++t)
+      for (int64_t first = pairs.row_start[t], count = pairs.row_start[t + 1] - first, k = 0; k < count; ++k) {
+        const int64_t pair = pairs.row_pair[first + k];
+        expert[first + k] = of_pair[pair];
+        for (int64_t h = 0; h < heads; ++h) gates[first * heads + h * count + k] = p.side2.gates[pair * heads + h];
+      }
     if (p.tally.score) place_pairs(pairs, of_pair);
   }
   void place_pairs(const Pairs& pairs, const std::vector<int32_t>& of_pair) {
@@ -35,7 +36,7 @@ struct OtherSide {
   }
 
   std::vector<int32_t> expert;   // by entry
-  std::vector<float> gates;      // [entries, heads]
+  std::vector<float> gates;      // by token, [heads, entries of the token]
   std::vector<int32_t> pair_at;  // [experts, tokens]; -1: not active. Empty without contexts.
 };
 
@@ -100,8 +101,12 @@ Firing in_slot(const Tally& tally, int64_t slot) { return {tally.score[slot], ta
 template <class Order>
 int64_t worst_slot(const Tally& tally, int64_t expert) {
   int64_t worst = expert * kSlots + Order::kFirst;
-  for (int64_t slot = worst + 1; slot < expert * kSlots + Order::kEnd; ++slot)
-    if (Order::better(in_slot(tally, worst), in_slot(tally, slot))) worst = slot;
+  Firing in_worst = in_slot(tally, worst);
+  for (int64_t slot = worst + 1; slot < expert * kSlots + Order::kEnd && in_worst.place >= 0; ++slot)
+    if (const Firing firing = in_slot(tally, slot); Order::better(in_worst, firing)) {
+      worst = slot;
+      in_worst = firing;
+    }
   return worst;
 }
 
@@ -157,14 +162,18 @@ class HalfExpert {
 
   void visit(int32_t pair) {
     const int64_t t = token(pair), heads = p_.side1.heads;
-    const int32_t* row_start = p_.side2.pairs.row_start;
-    for (int64_t entry = row_start[t]; entry < row_start[t + 1]; ++entry) {
-      const float score = score_of(gates1(pair), &other_.gates[entry * heads], heads);
-      if (!(score > 0)) continue;
-      const int64_t expert = i_ * experts() + other_.expert[entry];
-      add(p_.tally, expert, score);
-      if (p_.tally.score && offer(p_.tally, expert, {score, p_.hashes[t], p_.unit * kUnitPlaces + t}))
-        changed_.push_back(other_.expert[entry]);
+    const int64_t first = p_.side2.pairs.row_start[t], count = p_.side2.pairs.row_start[t + 1] - first;
+    scores_.assign(count, 0);
+    for (int64_t h = 0; h < heads; ++h)
+      if (const float gate = gates1(pair)[h]; gate != 0)  // most half-experts are active in one head
+        for (int64_t k = 0; k < count; ++k) scores_[k] += gate * other_.gates[first * heads + h * count + k];
+    for (int64_t k = 0; k < count; ++k) {
+      if (!(scores_[k] > 0)) continue;
+      const int32_t j = other_.expert[first + k];
+      const int64_t expert = i_ * experts() + j;
+      add(p_.tally, expert, scores_[k]);
+      if (p_.tally.score && offer(p_.tally, expert, {scores_[k], p_.hashes[t], p_.unit * kUnitPlaces + t}))
+        changed_.push_back(j);
     }
   }
 
@@ -175,6 +184,13 @@ class HalfExpert {
     for (int64_t slot = first; slot < first + kSlots; ++slot) {
       const int64_t t = p_.tally.place[slot] - first_place;
       if (t < 0 || t >= p_.tokens) continue;
+      const int64_t* places = p_.tally.place;
+      const int64_t twin = std::find(places + first, places + slot, places[slot]) - places;
+      if (twin < slot) {  // it is among the strongest and in the sample
+        p_.tally.contribution[slot] = p_.tally.contribution[twin];
+        std::copy_n(p_.tally.scores + twin * kContext, kContext, p_.tally.scores + slot * kContext);
+        continue;
+      }
       const auto at = std::lower_bound(
           pairs_.begin(), pairs_.end(), t, [&](int32_t pair, int64_t wanted) { return token(pair) < wanted; });
       p_.tally.contribution[slot] = p_.tally.score[slot] * output_norm(*at, pair2(j, t), j);
@@ -211,14 +227,13 @@ class HalfExpert {
     }
     return static_cast<float>(std::sqrt(std::max(square, 0.0)));  // rounding can leave a square just below 0
   }
-  double quadratic_form(const float* gram1, const float* gram2) const {
+  double quadratic_form(const float* gram1, const float* gram2) {
+    const int64_t n = static_cast<int64_t>(z_.size());
+    y_.assign(n, 0);
+    for (int64_t row = 0; row < n; ++row, gram1 += n, gram2 += n)
+      for (int64_t column = 0; column < n; ++column) y_[column] += z_[row] * (gram1[column] + gram2[column]);
     double sum = 0;
-    for (size_t row = 0, n = z_.size(); row < n; ++row) {
-      double product = 0;
-      for (size_t column = 0; column < n; ++column, ++gram1, ++gram2)
-        product += (static_cast<double>(*gram1) + *gram2) * z_[column];
-      sum += product * z_[row];
-    }
+    for (int64_t column = 0; column < n; ++column) sum += static_cast<double>(y_[column]) * z_[column];
     return sum;
   }
 
@@ -227,7 +242,8 @@ class HalfExpert {
   int64_t i_;
   std::vector<int32_t> pairs_;    // of half-expert i, by token
   std::vector<int32_t> changed_;  // the j of experts that have taken a firing
-  std::vector<double> z_;
+  std::vector<float> scores_;     // of the token in hand with every entry of side 2
+  std::vector<float> z_, y_;
 };
 
 }  // namespace

@@ -28,7 +28,8 @@ struct Tally {
   uint64_t* sample_bar; // no less than the greatest hash in the sample
 };
 
-// What tells the norm of an expert's output in one layer: z' (gram1_i + gram2_j) z with z = (relu^2(s1), relu^2(s2), 1).
+// What tells the norm of an expert's output in one layer: its square is z' (gram1_i + gram2_j) z with
+// z = (relu^2(s1), relu^2(s2), 1).
 struct Reader {
   const float *s1, *s2;  // pre-activations by pair, [pairs, units]
   int64_t units1, units2;

@@ -47,7 +47,7 @@ class Tally:
     hash: Tensor  # int64 [E2, 45]: bits of a uint64
     place: Tensor  # int64 [E2, 45]: unit * 65536 + position; -1: the slot is empty
     contribution: Tensor  # fp32 [E2, 45]: score times the norm of the expert's output, over the layers of the group
-    scores: Tensor  # fp16 [E2, 45, 32]: of the tokens position-24 .. position+7; 0 outside the unit
+    scores: Tensor  # fp16 [E2, 45, 32]: at position-24 .. position+7; 0 outside the unit
     strong_bar: Tensor  # fp32 [E2]: no more than the least score in the strong slots; -1 while one is empty
     sample_bar: Tensor  # int64 [E2], bits of a uint64: no less than the greatest hash in the sample
 
@@ -255,10 +255,9 @@ def _compact(gates: Gates) -> CompactGates:
     """The gates on the CPU, in fp32, over a layout."""
     if isinstance(gates, CompactGates):
         layout = gates.layout
-        on_cpu = [index.cpu() for index in layout.tensors()]
-        return CompactGates(
-            gates.values.detach().to("cpu", torch.float32).contiguous(), Layout(*on_cpu, layout.experts)
-        )
+        token, group_start, row_start, row_pair = (index.cpu() for index in layout.tensors())
+        on_cpu = Layout(token, group_start, row_start, row_pair, layout.experts)
+        return CompactGates(gates.values.detach().to("cpu", torch.float32).contiguous(), on_cpu)
     tokens, _, experts = gates.dense().shape
     token, half_expert, values = gates.active_pairs()
     blocks = (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS

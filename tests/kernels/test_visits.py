@@ -12,7 +12,7 @@ from monet_train.kernels import DenseGates, Gates, Kernels, compact, extension
 from monet_train.kernels.visits import BEFORE, CONTEXT, SLOTS, SLOTS_STRONG, ExpertReader, Tally, visit
 from monet_train.model.config import MonetConfig
 from monet_train.model.experts import DECOMPOSITIONS, Experts
-from monet_train.parallel.collectives import Collectives
+from monet_train.parallel.collectives import ALONE
 from tests.kernels.conftest import normal_threshold
 
 WIDTH, EXPERTS, HEADS, ACTIVE, LENGTH = 8, 6, 2, 2, 40
@@ -25,7 +25,7 @@ def layers(form: str) -> list[Experts]:
         vocab_size=16, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, moe_experts=EXPERTS,
         moe_heads=HEADS, moe_dim=4, moe_topk=ACTIVE, moe_groups=2, moe_decompose=form,
     )  # fmt: skip
-    made = [DECOMPOSITIONS[form](config, Collectives()) for _ in range(2)]
+    made = [DECOMPOSITIONS[form](config, ALONE) for _ in range(2)]
     for layer in made:
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, 0, 0.5)
