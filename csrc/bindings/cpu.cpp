@@ -10,6 +10,7 @@
 #include "../cpu/router.h"
 #include "../cpu/sparse_rows.h"
 #include "../cpu/tasks.h"
+#include "../cpu/visits.h"
 #include "implementation.h"
 
 namespace monet {
@@ -255,13 +256,107 @@ class Cpu {
   }
 };
 
+// ---- visits of the active experts: of the CPU alone
+
+template <class T, class Pointed = T>
+Pointed* tally_of(const Tensor& tensor, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK(
+      tensor.sizes() == sizes && tensor.scalar_type() == c10::CppTypeToScalarType<T>::value && tensor.is_contiguous(),
+      "the ", name, " of a tally must be ", sizes, ", contiguous, of type ", c10::CppTypeToScalarType<T>::value);
+  return reinterpret_cast<Pointed*>(write<T>(tensor));
+}
+
+cpu::Tally tally_tensors(TensorList tally, int64_t experts) {
+  TORCH_CHECK(tally.size() == 11, "a tally has 11 tensors, not ", tally.size());
+  const int64_t rows = experts * experts, slots = tally[4].size(-1);
+  TORCH_CHECK(slots == 0 || slots == cpu::kSlots, "a tally has 0 or ", cpu::kSlots, " slots, not ", slots);
+  cpu::Tally p{};
+  p.total = tally_of<double>(tally[0], {rows}, "total");
+  p.square = tally_of<double>(tally[1], {rows}, "square");
+  p.count = tally_of<int32_t>(tally[2], {rows}, "count");
+  p.histogram = tally_of<int64_t>(tally[3], {rows, cpu::kHistogramBins}, "histogram");
+  if (slots == 0) return p;
+  p.score = tally_of<float>(tally[4], {rows, slots}, "score");
+  p.hash = tally_of<int64_t, uint64_t>(tally[5], {rows, slots}, "hash");
+  p.place = tally_of<int64_t>(tally[6], {rows, slots}, "place");
+  p.contribution = tally_of<float>(tally[7], {rows, slots}, "contribution");
+  p.scores = tally_of<at::Half, uint16_t>(tally[8], {rows, slots, cpu::kContext}, "scores");
+  p.strong_bar = tally_of<float>(tally[9], {rows}, "strong_bar");
+  p.sample_bar = tally_of<int64_t, uint64_t>(tally[10], {rows}, "sample_bar");
+  return p;
+}
+
+// The pre-activations of one side in one layer, by pair: relu^2 of them is what its half-experts hold.
+Tensor pre_activations(const SideTensors& side, const Tensor& x, const Tensor& u, const Tensor& c) {
+  const int64_t experts = side.pairs.experts, d = x.size(1);
+  TORCH_CHECK(
+      u.dim() == 3 && u.size(0) == experts && u.size(2) == d && u.is_contiguous() && c.is_contiguous() &&
+          c.sizes() == u.sizes().slice(0, 2),
+      "the input weights of a reader must be [", experts, ", units, ", d, "] with biases [", experts, ", units]");
+  const Tensor s = side.by_pair(u.size(1)), rows = u.view({-1, d});
+  if (u.size(1) > 0) cpu::run<Projection, float>({projection(side, read_rows<float>(x), rows, &c, s)});
+  return s;
+}
+
+// Readers over the tokens of a unit, and the pre-activations that they point to.
+struct ReadersOfUnit {
+  static constexpr size_t kTensors = 6;
+
+  ReadersOfUnit(const SideTensors& one, const SideTensors& two, TensorList inputs, TensorList parts) {
+    TORCH_CHECK(parts.size() == inputs.size() * kTensors, "every input has a reader of ", kTensors, " tensors");
+    for (const Tensor& part : parts) TORCH_CHECK(part.scalar_type() == at::kFloat, "a reader is in fp32");
+    for (size_t layer = 0; layer < inputs.size(); ++layer)
+      add(one, two, inputs[layer], parts.slice(layer * kTensors, kTensors));
+  }
+  void add(const SideTensors& one, const SideTensors& two, const Tensor& x, TensorList part) {
+    TORCH_CHECK(
+        x.dim() == 2 && x.size(0) == one.pairs.tokens && x.scalar_type() == at::kFloat && x.is_contiguous(),
+        "an input must be contiguous fp32, [", one.pairs.tokens, ", width]");
+    const Tensor s1 = pre_activations(one, x, part[0], part[1]), s2 = pre_activations(two, x, part[2], part[3]);
+    const int64_t n = s1.size(1) + s2.size(1) + 1, experts = one.pairs.experts;
+    for (const Tensor& gram : part.slice(4))
+      TORCH_CHECK(
+          gram.sizes() == at::IntArrayRef({experts, n, n}) && gram.is_contiguous(), "a gram must be [", experts, ", ",
+          n, ", ", n, "]");
+    kept.insert(kept.end(), {s1, s2});
+    readers.push_back(
+        {read<float>(s1), read<float>(s2), s1.size(1), s2.size(1), read<float>(part[4]), read<float>(part[5])});
+  }
+
+  std::vector<Tensor> kept;
+  std::vector<cpu::Reader> readers;
+};
+
+void visit_experts(
+    const Tensor& gates1, Layout layout1, const Tensor& gates2, Layout layout2, int64_t experts, int64_t tokens,
+    const Tensor& hashes, int64_t unit, TensorList inputs, TensorList readers, TensorList tally) {
+  TORCH_CHECK(gates1.scalar_type() == at::kFloat && gates2.scalar_type() == at::kFloat, "gates must be fp32");
+  const SideTensors one(gates1, layout1, experts), two(gates2, layout2, experts);
+  TORCH_CHECK(one.heads() == two.heads(), "the two sides have different numbers of heads");
+  TORCH_CHECK(one.pairs.tokens == two.pairs.tokens, "the two sides have different numbers of tokens");
+  TORCH_CHECK(0 <= tokens && tokens <= one.pairs.tokens, tokens, " tokens of ", one.pairs.tokens);
+  TORCH_CHECK(tokens <= cpu::kUnitPlaces && unit >= 0, "a unit has a number and at most ", cpu::kUnitPlaces, " tokens");
+  TORCH_CHECK(
+      hashes.scalar_type() == at::kLong && hashes.dim() == 1 && hashes.size(0) >= tokens && hashes.is_contiguous(),
+      "hashes must be contiguous int64, one per token");
+  const cpu::Tally sums = tally_tensors(tally, experts);
+  const bool with_contexts = sums.score != nullptr;
+  const ReadersOfUnit made(one, two, with_contexts ? inputs : TensorList{}, with_contexts ? readers : TensorList{});
+  cpu::run(cpu::Visit{
+      one.side<float>(), two.side<float>(), tokens, reinterpret_cast<const uint64_t*>(read<int64_t>(hashes)), unit,
+      made.readers.data(), static_cast<int64_t>(made.readers.size()), sums});
+}
+
 std::string instruction_set() { return cpu::instruction_set(); }
 bool select_instruction_set(const std::string& name) { return cpu::select_instruction_set(name.c_str()); }
 
 }  // namespace
 }  // namespace monet
 
-TORCH_LIBRARY_IMPL(MONET_LIBRARY, CPU, m) { monet::register_operations<monet::Cpu>(m); }
+TORCH_LIBRARY_IMPL(MONET_LIBRARY, CPU, m) {
+  monet::register_operations<monet::Cpu>(m);
+  m.impl("visit_experts", &monet::visit_experts);
+}
 
 // These have no tensor that would tell a device.
 TORCH_LIBRARY_IMPL(MONET_LIBRARY, CatchAll, m) {

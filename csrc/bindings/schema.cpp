@@ -53,4 +53,8 @@ TORCH_LIBRARY(MONET_LIBRARY, m) {
       "Tensor[] layout2, int experts, Tensor mask) -> (Tensor, Tensor)");
   m.def("expert_bias(Tensor gates, Tensor[] layout, Tensor b) -> Tensor");
   m.def("expert_bias_backward(Tensor dout, Tensor gates, Tensor[] layout, Tensor b) -> (Tensor, Tensor)");
+
+  m.def(
+      "visit_experts(Tensor gates1, Tensor[] layout1, Tensor gates2, Tensor[] layout2, int experts, int tokens, "
+      "Tensor hashes, int unit, Tensor[] inputs, Tensor[] readers, Tensor(a!)[] tally) -> ()");
 }

@@ -110,6 +110,13 @@ def expert_bias_backward(dout: Tensor, gates: Tensor, layout: list[Tensor], b: T
     return _contiguous(gates), _contiguous(b)
 
 
+def visit_experts(
+    gates1: Tensor, layout1: list[Tensor], gates2: Tensor, layout2: list[Tensor], experts: int, tokens: int,
+    hashes: Tensor, unit: int, inputs: list[Tensor], readers: list[Tensor], tally: list[Tensor],
+) -> None:  # fmt: skip
+    """It changes ``tally`` in place and returns nothing."""
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     **{
         function.__name__: function
@@ -117,6 +124,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
             router_logits, router_logits_backward, head_moments, route, route_backward, dense_gates, sum_over_tokens,
             sum_of_largest, vertical_experts, vertical_experts_backward, horizontal_experts,
             horizontal_experts_backward, expert_weights, expert_weights_backward, expert_bias, expert_bias_backward,
+            visit_experts,
         )
     },
     "dense_gates_backward": of_gates_backward,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from monet_train import kernels
 from monet_train.errors import UserError
 from monet_train.kernels import Gates
+from monet_train.kernels.visits import ExpertReader
 from monet_train.parallel.collectives import Collectives
 from monet_train.parallel.splits import Split
 
@@ -96,6 +97,10 @@ class Experts(nn.Module, ABC):
         r1, r2 = kernels.expert_weights(g1, g2, mask)
         return Routing(g1.map(self.enter), g2.map(self.enter), mask, r1, r2)
 
+    @abstractmethod
+    def reader(self) -> ExpertReader:
+        """What tells the norm of single experts' outputs, on the CPU: a copy, for a layer with all its inner units."""
+
     def store_for_decoding(self) -> None:
         """Lay the output weights out by half-expert: same shapes and values, much faster for one token at a time."""
         for name, split in self.splits.items():
@@ -161,6 +166,12 @@ class VerticalExperts(Experts):
         bias = torch.cat([kernels.expert_bias(routing.r1, self.b1), kernels.expert_bias(routing.r2, self.b2)], -1)
         return self.leave(mixed) + bias
 
+    def reader(self) -> ExpertReader:
+        experts = len(self.b1)
+        left = [*(_columns(v, experts) for v in (self.v11, self.v12)), _wide(self.b1).unsqueeze(-1)]
+        right = [*(_columns(v, experts) for v in (self.v21, self.v22)), _wide(self.b2).unsqueeze(-1)]
+        return ExpertReader(*_units(self.u1, experts), *_units(self.u2, experts), _gram(left), _gram(right))
+
 
 class HorizontalExperts(Experts):
     """Horizontal decomposition: the first set holds the input layers, the second the output layers.
@@ -199,6 +210,35 @@ class HorizontalExperts(Experts):
             self.enter(x), routing.g1, routing.g2, routing.mask, self.u.weight, self.u.bias, self.v.weight
         )
         return self.leave(mixed) + kernels.expert_bias(routing.r2, self.b)
+
+    def reader(self) -> ExpertReader:
+        experts, d = self.b.shape
+        u1, c1 = _units(self.u, experts)
+        u2, c2 = u1.new_empty((experts, 0, d)), c1.new_empty((experts, 0))  # side 2 has no inner units
+        gram2 = _gram([_columns(self.v, experts), _wide(self.b).unsqueeze(-1)])
+        return ExpertReader(u1, c1, u2, c2, torch.zeros_like(gram2), gram2)
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """A copy on the CPU in fp64."""
+    return weight.detach().to("cpu", torch.float64)
+
+
+def _units(u: nn.Linear, experts: int) -> tuple[Tensor, Tensor]:
+    """Input weights and biases by half-expert, fp32: [E, n, d], [E, n]."""
+    weight, bias = _wide(u.weight).float(), _wide(u.bias).float()
+    return weight.unflatten(0, (experts, -1)), bias.unflatten(0, (experts, -1))
+
+
+def _columns(v: nn.Linear, experts: int) -> Tensor:
+    """Output weights by half-expert, [E, width, n]."""
+    return _wide(v.weight).unflatten(1, (experts, -1)).transpose(0, 1)
+
+
+def _gram(columns: list[Tensor]) -> Tensor:
+    """The products of the columns with each other, by half-expert, fp32 [E, n, n]."""
+    stacked = torch.cat(columns, -1)
+    return (stacked.mT @ stacked).float().contiguous()
 
 
 DECOMPOSITIONS: dict[str, type[Experts]] = {"vertical": VerticalExperts, "horizontal": HorizontalExperts}

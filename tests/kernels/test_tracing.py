@@ -11,6 +11,7 @@ from torch import Tensor
 
 from monet_train import kernels
 from monet_train.kernels import fake
+from monet_train.kernels.visits import ExpertReader, Tally
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -80,6 +81,19 @@ def both_sides(inputs: Inputs) -> tuple[Any, ...]:
     return *(part for side in zip(inputs.gates, inputs.layouts, strict=True) for part in side), EXPERTS, inputs.mask
 
 
+def visit(inputs: Inputs, contexts: bool) -> tuple[Any, ...]:
+    """Inputs of a visit, which are fp32 and have no gradient."""
+    sides = (part for g, layout in zip(inputs.gates, inputs.layouts, strict=True) for part in (g.float(), layout))
+    gates1, layout1, gates2, layout2 = (part.detach() if isinstance(part, Tensor) else part for part in sides)
+    n = 2 * UNITS + 1
+    shapes = [(EXPERTS, UNITS, WIDTH), (EXPERTS, UNITS)] * 2 + [(EXPERTS, n, n)] * 2
+    reader = ExpertReader(*(inputs.normal(*shape, dtype=torch.float32) for shape in shapes))
+    return (
+        gates1, layout1, gates2, layout2, EXPERTS, TOKENS, torch.arange(TOKENS), 3, [inputs.x.detach().float()],
+        reader.tensors(), Tally.empty(EXPERTS, contexts).tensors(),
+    )  # fmt: skip
+
+
 def constant(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
@@ -119,6 +133,7 @@ OPERATIONS: dict[str, list[Callable[[Inputs], tuple[Any, ...]]]] = {
         lambda i: (*(torch.ones(len(g), dtype=i.wide) for g in i.gates), *constant(both_sides(i)))
     ],
     "expert_bias": [bias],
+    "visit_experts": [lambda i: visit(i, contexts=True), lambda i: visit(i, contexts=False)],
     "expert_bias_backward": [lambda i: (i.normal(TOKENS, 5), *constant(bias(i)))],
 }  # fmt: skip
 
