@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from data_prep.encode import default_workers
 from data_prep.files import is_remote
-from data_prep.recipe import LABELS, Recipe, recipe_from
+from data_prep.recipe import NUMBER, STRING, Recipe, recipe_from
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError, one_line_errors, unwritable_output
 
@@ -32,6 +32,7 @@ examples
   monet-data shards python --max-bytes 8M --tokenizer data/tokenizer --out data/python
   monet-data shards 'corpora/*.jsonl.zst' --tokenizer llama/tokenizer.model --out data/corpora --where lang=en,de
   monet-data shards conf/data_prep/fineweb_edu.yaml --tokenizer data/tokenizer --out data/fineweb
+  monet-data shards chats.jsonl --keep topic toxicity:number --tokenizer data/tokenizer --out data/chats
   monet-data shards SOURCE... --out data/big --tokenizer T --task 3 --tasks 16     (each of 16 jobs; then merge)
   monet-data merge data/big
   monet-data verify data/corpora
@@ -110,9 +111,17 @@ def share(text: str) -> float:
 def label(text: str) -> tuple[str, str]:
     """``NAME=VALUE`` of a label."""
     name, _, value = text.partition("=")
-    if name not in LABELS or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=VALUE with a label of {', '.join(LABELS)}")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=VALUE")
     return name, value
+
+
+def kept(text: str) -> tuple[str, str]:
+    """``FIELD`` or ``FIELD:KIND`` of a further label."""
+    name, _, kind = text.partition(":")
+    if kind not in (STRING, NUMBER) and ":" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD, FIELD:{STRING} or FIELD:{NUMBER}")
+    return name, kind or STRING
 
 
 def filled(text: str) -> str:
@@ -145,7 +154,7 @@ def build_parser() -> Parser:
 
     tokenizer = command("tokenizer", "train a SentencePiece tokenizer, or report on an existing one")
     _add_sources(tokenizer)
-    tokenizer.set_defaults(id_field=None)
+    tokenizer.set_defaults(id_field=None, keep=None)
     kind = tokenizer.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--vocab-size", type=positive, help="train one with this many pieces, 259 special and byte ones included"
@@ -168,6 +177,10 @@ def build_parser() -> Parser:
     shards.add_argument(
         "--id-field", metavar="NAME", help="field with a document's id; an id that occurs twice is refused"
     )
+    shards.add_argument(
+        "--keep", type=kept, nargs="+", action="extend", metavar="FIELD[:number]",
+        help="also keep these fields of jsonl, parquet and hf as labels: strings, or numbers with :number",
+    )  # fmt: skip
     shards.add_argument(
         "--tokenizer", type=local, required=True, help="folder, SentencePiece .model, tokenizer.json, or PACKAGE:FILE"
     )
@@ -220,12 +233,17 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             raise UserError(
                 f"--label {name}={labels[name]} and {name}={value}: a document has one value per label: give one"
             )
+    keep: dict[str, str] = {}
+    for name, kind in arguments.keep or ():
+        if keep.setdefault(name, kind) != kind:
+            raise UserError(f"--keep {name} as a {keep[name]} and as a {kind}: a label has one kind: give one")
     where: dict[str, list[str]] = {}
     for name, values in arguments.where or ():
         where.setdefault(name, []).extend(values.split(","))
     options: dict[str, Any] = {
         "text": arguments.text_field,
         "id": arguments.id_field,
+        "keep": keep or None,
         "labels": labels or None,
         "where": where or None,
         "min_chars": arguments.min_chars,
@@ -288,11 +306,15 @@ def run_merge(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def summary(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """One line of counts, and one about bad documents if there are some."""
+    """One line of counts, and one about bad documents if there are some; labels without a value are warned of."""
+    from data_prep.shard_writer import labels_without_value
+
     yield (
         f"{folder}: {manifest.documents:,} documents, {manifest.tokens:,} tokens in {len(manifest.shards)} "
         f"shard{'s' * (len(manifest.shards) > 1)}, {manifest.text_bytes / manifest.tokens:.2f} bytes per token"
     )
+    for label in labels_without_value(manifest):
+        print(f"warning: no document has a value for {label!r}: check the name of the field", file=sys.stderr)
     if manifest.rejected:
         yield f"  {sum(manifest.rejected.values()):,} bad documents were left out: {folder}/rejects*.jsonl"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import orjson
@@ -55,6 +58,29 @@ def checked_label(value: Any) -> str:
     if not text.isascii():
         utf8_bytes(text)
     return text
+
+
+def checked_string(value: Any, label: str) -> str:
+    """The value of a kept string as text, or BadDocument. Whole numbers and booleans are written as in JSON."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int):
+        return checked_label(value)
+    remedy = ": keep it as a number" * isinstance(value, float)
+    raise BadDocument(f"{label} is a {type(value).__name__}, not a string{remedy}")
+
+
+def checked_number(value: Any, label: str) -> float:
+    """The value of a kept number, or BadDocument. Booleans are 0 and 1."""
+    if not isinstance(value, Real | Decimal):
+        raise BadDocument(f"{label} is a {type(value).__name__}, not a number")
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # an integer beyond every float, a signalling NaN of Decimal
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadDocument(f"{label} is not a finite number")
+    return number
 
 
 def checked_text(text: Any) -> tuple[str, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from data_prep.bad_documents import (
     ENORMOUS,
     BadDocument,
     checked_id,
     checked_label,
+    checked_number,
     checked_record,
+    checked_string,
     checked_text,
     parse_json,
 )
@@ -18,13 +20,16 @@ from data_prep.chunks import BOM, Chunk, read_file
 from data_prep.recipe import LABELS, Source
 from data_prep.sources import FileEntry
 
+T = TypeVar("T")
+
 
 class Document(NamedTuple):
-    """A text and its labels (in the order of LABELS; None: unknown)."""
+    """A text and its labels (None: unknown)."""
 
     text: str
     size: int  # bytes of UTF-8
-    labels: tuple[str | None, ...]
+    labels: tuple[str | None, ...]  # in the order of the source's ``strings``
+    numbers: tuple[float | None, ...]  # in the order of the source's ``numbers``
     id: str | None
 
 
@@ -84,18 +89,22 @@ class _DocumentReader:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._fields = [source.fields.get(label) for label in LABELS]  # no record has a key None
-        self._fixed = [(number, source.labels[label]) for number, label in enumerate(LABELS) if label in source.labels]
-        self._where = [(LABELS.index(label), wanted) for label, wanted in source.where.items()]
+        self._strings = source.strings
+        self._own = [source.field_of(label) for label in LABELS]
+        self._kept = [(label, source.field_of(label)) for label in self._strings[len(LABELS) :]]
+        self._numbers = [(label, source.field_of(label)) for label in source.numbers]
+        self._no_numbers = (None,) * len(self._numbers)
+        self._fixed = [(self._strings.index(label), value) for label, value in source.labels.items()]
+        self._where = [(self._strings.index(label), wanted) for label, wanted in source.where.items()]
 
     def from_file(self, entry: FileEntry) -> Document:
         """A whole file."""
         given = dict(entry.labels)
-        return self._document(read_file(entry), [given.get(label) for label in LABELS])
+        return self._document(read_file(entry), [given.get(label) for label in self._strings], self._no_numbers)
 
     def from_text(self, line: bytes) -> Document:
         """A line of text."""
-        return self._document(line.removesuffix(b"\r"), [None] * len(LABELS))
+        return self._document(line.removesuffix(b"\r"), [None] * len(self._strings), self._no_numbers)
 
     def from_json(self, line: bytes) -> Document:
         """A line of jsonl."""
@@ -107,20 +116,31 @@ class _DocumentReader:
         name = checked_id(record, source.id) if source.id else None
         if source.text not in record:
             raise BadDocument(f"no field {source.text!r}")
-        labels = [None if value is None else checked_label(value) for value in map(record.get, self._fields)]
-        return self._document(record[source.text], labels, name)
+        labels = [None if value is None else checked_label(value) for value in map(record.get, self._own)]
+        labels += _checked(record, self._kept, checked_string)
+        numbers = _checked(record, self._numbers, checked_number)
+        return self._document(record[source.text], labels, tuple(numbers), name)
 
-    def _document(self, text: Any, labels: list[str | None], name: str | None = None) -> Document:
-        """A text (str or bytes) with its labels in the order of LABELS."""
+    def _document(
+        self, text: Any, labels: list[str | None], numbers: tuple[float | None, ...], name: str | None = None
+    ) -> Document:
+        """A text (str or bytes) with its labels."""
         text, size = checked_text(text)
         for number, value in self._fixed:
             labels[number] = value
-        return Document(text, size, tuple(labels), name)
+        return Document(text, size, tuple(labels), numbers, name)
 
     def unwanted(self, document: Document) -> str | None:
         """The filter that leaves a document out."""
         for number, wanted in self._where:
             if document.labels[number] not in wanted:
-                return LABELS[number]
+                return self._strings[number]
         length, most = len(document.text), self._source.max_chars
         return "length" if length < self._source.min_chars or (most is not None and length > most) else None
+
+
+def _checked(
+    record: dict[Any, Any], fields: list[tuple[str, str | None]], check: Callable[[Any, str], T]
+) -> list[T | None]:
+    """The checked values of kept labels, each given with its field."""
+    return [None if (value := record.get(field)) is None else check(value, label) for label, field in fields]

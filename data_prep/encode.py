@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_prep.chunks import Chunk
 from data_prep.documents import Reject, parse
-from data_prep.recipe import LABELS
 from monet_train.data.index_file import token_dtype
 from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
@@ -29,7 +28,7 @@ SLOT_BYTES = 4 << 20  # of shared memory for each of them; pages that are never 
 
 
 class Column(NamedTuple):
-    """A label of some documents."""
+    """A label of some documents, a string."""
 
     values: list[str]  # in the order in which they first appear
     codes: np.ndarray  # int32 [documents], the place of a document's value in ``values``; -1: none
@@ -48,7 +47,8 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # [sum of lengths], of the shards' type
     lengths: np.ndarray  # int32 [documents]
     text_bytes: np.ndarray  # int64 [documents], UTF-8
-    labels: list[Column]  # one for each of LABELS
+    labels: dict[str, Column]  # those of the chunk's source
+    numbers: dict[str, np.ndarray]  # float64 [documents] each, those of the chunk's source; NaN: none
     ids: list[str | None]  # None where the source has no field for them
     rejects: list[Reject]
     filtered: dict[str, int]
@@ -57,17 +57,24 @@ class Encoded(NamedTuple):
 def encode_chunk(tokenizer: Tokenizer, chunk: Chunk) -> Encoded:
     """Parse and tokenize a chunk."""
     parsed = parse(chunk)
-    texts, sizes, labels, ids = map(list, zip(*parsed.documents, strict=True)) if parsed.documents else [[]] * 4
+    documents, source = parsed.documents, chunk.part.source
+    texts, sizes, labels, numbers, ids = map(list, zip(*documents, strict=True)) if documents else [[]] * 5
     tokens, lengths = tokenizer.encode_documents(texts)
     return Encoded(
         tokens=tokens.astype(token_dtype(tokenizer.record.vocabulary_size)),
         lengths=lengths,
         text_bytes=np.array(sizes, dtype=np.int64),
-        labels=[Column.from_labels(column) for column in (zip(*labels, strict=True) if labels else [()] * len(LABELS))],
+        labels={name: Column.from_labels(column) for name, column in _columns(source.strings, labels)},
+        numbers={name: np.array(column, dtype=np.float64) for name, column in _columns(source.numbers, numbers)},
         ids=ids,
         rejects=parsed.rejects,
         filtered=parsed.filtered,
     )
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
+    """Each name with what the rows have there; no value where there is no row."""
+    return zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True)
 
 
 class Encoder:

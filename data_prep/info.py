@@ -59,16 +59,15 @@ def document_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
 
 
 def _labels(manifest: Manifest) -> Iterator[str]:
-    columns: dict[str, dict[str, list[int]]] = {}
-    for record in manifest.shards:
-        for column, values in record.labels.items():
-            for value, counts in values.items():
-                row = columns.setdefault(column, {}).setdefault(value, [0, 0, 0])
-                row[:] = [a + b for a, b in zip(row, counts, strict=True)]
-    for column, values in columns.items():
+    for column, values in manifest.label_counts.items():
         yield f"\n  {column:<24} {'documents':>12} {'tokens':>15} {'bytes/token':>12}"
         for value, (documents, tokens, size) in sorted(values.items(), key=lambda item: -item[1][1]):
             yield f"    {value:<22} {documents:>12,} {tokens:>15,} {size / tokens:>12.2f}"
+    if numbers := manifest.number_counts:
+        yield f"\n  {'numbers':<24} {'documents':>12} {'tokens':>15} {'least':>12} {'greatest':>12}"
+        for column, counts in numbers.items():
+            least, greatest = ("none" if end is None else f"{end:.6g}" for end in (counts.min, counts.max))
+            yield f"    {column:<22} {counts.documents:>12,} {counts.tokens:>15,} {least:>12} {greatest:>12}"
 
 
 def draw_lengths(folder: Path, image: Path) -> None:

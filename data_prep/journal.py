@@ -101,7 +101,7 @@ class Journal:
         """Record a finished shard durably, with what had been left out up to its end."""
         self.shards.append(shard)
         self.totals = totals
-        self._append({"shard": asdict(shard), "totals": asdict(totals)})
+        self._append({"shard": shard.to_json(), "totals": asdict(totals)})
 
     def finish(self, totals: Totals) -> None:
         """Record that there are no more shards."""

@@ -57,11 +57,8 @@ class Plan:
 
         Neither the folders' names nor the number of workers belong to it; a revision is part of the files' identity.
         """
-        kept = [
-            {**asdict(source), "source": Path(source.source).name, "revision": None} for source in self.recipe.sources
-        ]
         return {
-            "sources": kept,
+            "sources": [{**source.describe(), "revision": None} for source in self.recipe.sources],
             "files": [part.identity() for part in self.parts],
             "max_documents": self.recipe.max_documents,
             "max_bytes": self.recipe.max_bytes,
@@ -159,7 +156,9 @@ def make_shards(
                 end = None
                 while first < allowed and (end is None or end != stop):
                     begin = Position(position.part, position.chunk, first)
-                    writer = writer or ShardWriter(folder, shard_name(plan.options, number), plan.dtype, begin)
+                    writer = writer or ShardWriter(
+                        folder, shard_name(plan.options, number), plan.dtype, begin, plan.recipe
+                    )
                     cut = _cut(encoded, first, allowed, limit - writer.tokens)
                     end = Position(position.part, position.chunk + (cut == count), cut % count)
                     writer.add(encoded, first, cut, end)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import yaml
 from data_prep.source_refusals import is_utf8
 from monet_train.errors import UserError
 
-LABELS = ("lang", "domain", "source")  # kept for every document beside the shards
+LABELS = ("lang", "domain", "source")  # kept for every document beside the shards; `keep` names further ones
+STRING, NUMBER = "string", "number"  # what a further label may be
+TAKEN = ("text", "bytes", "id")  # names of other columns, or of what would be taken for one
 ENORMOUS_BYTES = 64 << 20  # a document beyond this is a mistake in the corpus, not a text
 
 
@@ -28,6 +32,7 @@ class Source:
     text: str = "text"  # the field that holds the text (jsonl, parquet, hf)
     id: str | None = None  # the field that names a document (jsonl, parquet, hf): an id that occurs twice is refused
     fields: dict[str, str] = field(default_factory=lambda: {name: name for name in LABELS})  # label -> field
+    keep: dict[str, str] = field(default_factory=dict)  # further label -> "string" or "number"
     labels: dict[str, str] = field(default_factory=dict)  # label -> value for every document
     where: dict[str, list[str]] = field(default_factory=dict)  # label -> the values to keep
     min_chars: int = 0  # shorter documents are left out
@@ -41,7 +46,27 @@ class Source:
     @property
     def columns(self) -> set[str]:
         """The fields of a record that are read."""
-        return {self.text, *self.fields.values(), *([self.id] if self.id else [])}
+        kept = [self.fields.get(label, label) for label in self.keep]
+        return {self.text, *self.fields.values(), *kept, *([self.id] if self.id else [])}
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """The labels whose values are strings."""
+        return _strings([self])
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The labels whose values are numbers."""
+        return _kept([self], NUMBER)
+
+    def field_of(self, label: str) -> str | None:
+        """The field of a label; None, which no record has, where there is none."""
+        return self.fields.get(label, label if label in self.keep else None)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the documents. An empty ``keep`` is left out: it was not there when older shards were made."""
+        values = {**dataclasses.asdict(self), "source": Path(self.source).name, "keep": dict(sorted(self.keep.items()))}
+        return values if self.keep else {key: value for key, value in values.items() if key != "keep"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,31 @@ class Recipe:
     sources: list[Source]
     max_documents: int | None = None
     max_bytes: int | None = None  # of UTF-8 text
+
+    def __post_init__(self) -> None:
+        if both := set(self.strings).intersection(self.numbers):
+            raise UserError(
+                f"the sources keep {min(both)!r} as a string and as a number: give it one kind, or two names"
+            )
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """The labels whose values are strings: every shard has them all, whatever its documents have."""
+        return _strings(self.sources)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The labels whose values are numbers, likewise."""
+        return _kept(self.sources, NUMBER)
+
+
+def _strings(sources: Iterable[Source]) -> tuple[str, ...]:
+    return LABELS + _kept(sources, STRING)
+
+
+def _kept(sources: Iterable[Source], kind: str) -> tuple[str, ...]:
+    """The further labels of a kind, by name: the order in which they were given means nothing."""
+    return tuple(sorted({label for source in sources for label, of in source.keep.items() if of == kind}))
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -138,10 +188,17 @@ def _check_source(values: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: a source lacks the key `source` (a path, a glob, a folder, hf:NAME or python)")
     if values.get("txt", "file") not in ("file", "line"):
         raise UserError(f"{where}: txt={values['txt']!r}: choose file or line")
+    keep = values.get("keep", {})
+    for label, kind in keep.items():
+        _check_kept(label, kind, f"{where}: keep")
     for key in ("fields", "labels", "where"):
         for label, value in values.get(key, {}).items():
-            if label not in LABELS:
-                raise UserError(f"{where}: {key}: unknown label {label!r}: choose from {', '.join(LABELS)}")
+            if label not in (known := (*LABELS, *keep)):
+                raise UserError(f"{where}: {key}: unknown label {label!r}: choose from {', '.join(known)}")
+            if key != "fields" and keep.get(label) == NUMBER:
+                raise UserError(
+                    f"{where}: {key}: {label} is kept as a number, and `{key}` is for strings: leave it out"
+                )
             if key == "where" and not isinstance(value, list):
                 raise UserError(f"{where}: {key}: {label}: {value!r} is not a list: write {label}: [A, B]")
             for item in value if key == "where" else [value]:
@@ -152,3 +209,25 @@ def _check_source(values: dict[str, Any], where: str) -> None:
                     )
                 if not is_utf8(item):
                     raise UserError(f"{where}: {key}: {label}: {item!r} is not valid UTF-8: write it otherwise")
+    text = values.get("text", "text")
+    for label in keep:
+        if values.get("fields", {}).get(label, label) == text:
+            raise UserError(
+                f"{where}: keep: {label} would be the field {text!r}, which is the text: choose another field"
+            )
+
+
+def _check_kept(label: Any, kind: Any, where: str) -> None:
+    """Refuse a further label with a name or a kind that it cannot have."""
+    if label in LABELS + TAKEN:
+        raise UserError(
+            f"{where}: the name {label!r} is taken: give the label another one in a recipe, as in "
+            f"keep: {{NAME: string}}, fields: {{NAME: {label}}}"
+        )
+    if not isinstance(label, str) or not is_utf8(label) or not re.fullmatch(r"[\w-]+", label):
+        raise UserError(
+            f"{where}: {label!r} is not a name of letters, digits, _ and -: give one in a recipe, as in "
+            "keep: {NAME: string}, fields: {NAME: 'the field'}"
+        )
+    if kind not in (STRING, NUMBER):
+        raise UserError(f"{where}: {label}: unknown kind {kind!r}: choose {STRING} or {NUMBER}")

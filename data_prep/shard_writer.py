@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import Column, Encoded
-from data_prep.recipe import LABELS
+from data_prep.recipe import LABELS, Recipe
 from monet_train.data.index_file import write_index
-from monet_train.data.manifest import FileRecord, Position, ShardRecord
+from monet_train.data.manifest import FileRecord, Manifest, NumberCounts, Position, ShardRecord
 from monet_train.durable import sync
 from monet_train.fingerprint import sha256_file
 
@@ -23,14 +23,17 @@ MANY_VALUES = 1000  # label values counted one by one in the manifest; the label
 class ShardWriter:
     """Collects documents; ``finish`` puts the shard under its final name, ``abandon`` leaves nothing."""
 
-    def __init__(self, folder: Path, name: str, dtype: type[np.number], start: Position) -> None:
+    def __init__(self, folder: Path, name: str, dtype: type[np.number], start: Position, recipe: Recipe) -> None:
+        """``recipe`` says which labels the shard has, also those that none of its documents has."""
         self.folder, self.name = folder, name
         self.start = self.end = start
         self.documents = self.tokens = self.text_bytes = 0
         self._lengths: list[np.ndarray] = []
         self._bytes: list[np.ndarray] = []
-        self._values: list[dict[str, int]] = [{} for _ in LABELS]  # of each label, with their codes in this shard
-        self._codes: list[list[np.ndarray]] = [[] for _ in LABELS]
+        # Of each string, its values with their codes in this shard.
+        self._values: dict[str, dict[str, int]] = {name: {} for name in recipe.strings}
+        self._codes: dict[str, list[np.ndarray]] = {name: [] for name in recipe.strings}
+        self._numbers: dict[str, list[np.ndarray]] = {name: [] for name in recipe.numbers}
         self._ids: list[str | None] = []
         self._dtype = dtype
         self._bin = self._temporary("bin").open("wb")
@@ -50,8 +53,13 @@ class ShardWriter:
         self._bin.write(tokens.astype(self._dtype, copy=False).data)
         self._lengths.append(lengths)
         self._bytes.append(encoded.text_bytes[begin:end])
-        for values, codes, column in zip(self._values, self._codes, encoded.labels, strict=True):
-            codes.append(_recode(column, begin, end, values))
+        for name, codes in self._codes.items():  # a source need not have the labels of another
+            column = encoded.labels.get(name)
+            none = np.full(end - begin, -1, dtype=np.int32)
+            codes.append(_recode(column, begin, end, self._values[name]) if column else none)
+        for name, parts in self._numbers.items():
+            numbers = encoded.numbers.get(name)
+            parts.append(np.full(end - begin, np.nan) if numbers is None else numbers[begin:end])
         self._ids += encoded.ids[begin:end]
         self.documents += end - begin
         self.tokens += int(lengths.sum(dtype=np.int64))
@@ -62,7 +70,7 @@ class ShardWriter:
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._bytes)
         self._bin.close()
         write_index(self._temporary("idx"), self._dtype, lengths)
-        labels = self._write_labels(lengths, sizes)
+        labels, numbers = self._write_labels(lengths, sizes)
         files = {}
         for suffix in SUFFIXES:
             temporary = self._temporary(suffix)
@@ -80,6 +88,7 @@ class ShardWriter:
             end=self.end,
             files=files,
             labels=labels,
+            numbers=numbers,
         )
 
     def abandon(self) -> None:
@@ -89,26 +98,28 @@ class ShardWriter:
         for suffix in SUFFIXES:
             self._temporary(suffix).unlink(missing_ok=True)
 
-    def _write_labels(self, lengths: np.ndarray, sizes: np.ndarray) -> dict[str, dict[str, list[int]]]:
-        """Write the labels of every document; return the counts by label and value."""
+    def _write_labels(
+        self, lengths: np.ndarray, sizes: np.ndarray
+    ) -> tuple[dict[str, dict[str, list[int]]], dict[str, NumberCounts]]:
+        """Write the labels of every document; return the counts of strings, by value, and of numbers."""
         import pyarrow
         import pyarrow.parquet
 
-        codes = [np.concatenate(parts) for parts in self._codes]
+        codes = {name: np.concatenate(parts) for name, parts in self._codes.items()}
+        numbers = {name: np.concatenate(parts) for name, parts in self._numbers.items()}
         columns = {
-            name: pyarrow.DictionaryArray.from_arrays(_numbers(of, of >= 0), _strings(list(values)))
-            for name, values, of in zip(LABELS, self._values, codes, strict=True)
+            name: pyarrow.DictionaryArray.from_arrays(_numbers(of, of >= 0), _strings(list(self._values[name])))
+            for name, of in codes.items()
         }
+        columns |= {name: _numbers(of, ~np.isnan(of)) for name, of in numbers.items()}
         table = pyarrow.table({**columns, "bytes": _numbers(sizes)})
         if any(name is not None for name in self._ids):
             table = table.append_column("id", _strings(self._ids))
         # As a stream: a name with a colon would be taken for an address.
         with self._temporary("labels.parquet").open("wb") as stream:
             pyarrow.parquet.write_table(table, stream, compression="zstd")
-        return {
-            name: count_labels(list(values), of, lengths, sizes)
-            for name, values, of in zip(LABELS, self._values, codes, strict=True)
-        }
+        counts = {name: count_labels(list(self._values[name]), of, lengths, sizes) for name, of in codes.items()}
+        return counts, {name: count_numbers(of, lengths) for name, of in numbers.items()}
 
 
 # pyarrow.array would import pandas first, which takes 0.3 s.
@@ -153,3 +164,17 @@ def count_labels(values: list[str], codes: np.ndarray, lengths: np.ndarray, size
         rest += [result[OTHERS]] if OTHERS in result else []
         result[OTHERS] = [sum(counts) for counts in zip(*rest, strict=True)]
     return result
+
+
+def count_numbers(values: np.ndarray, lengths: np.ndarray) -> NumberCounts:
+    """What has a value (not NaN), and the range of the values."""
+    there = ~np.isnan(values)
+    ends = (float(values[there].min()), float(values[there].max())) if there.any() else (None, None)
+    return NumberCounts(int(there.sum()), int(lengths[there].sum(dtype=np.int64)), *ends)
+
+
+def labels_without_value(manifest: Manifest) -> list[str]:
+    """The further labels that no document has: as likely as not a field's name was misspelt."""
+    strings = [name for name, values in manifest.label_counts.items() if values.keys() == {NO_VALUE}]
+    numbers = [name for name, counts in manifest.number_counts.items() if not counts.documents]
+    return [name for name in strings + numbers if name not in LABELS]

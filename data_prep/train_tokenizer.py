@@ -51,7 +51,7 @@ def make_tokenizer(recipe: Recipe, options: TokenizerOptions, folder: Path) -> d
     asked = {
         **asdict(options),
         "existing": existing.record.sha256 if existing else None,
-        "sources": [{**asdict(source), "source": Path(source.source).name} for source in recipe.sources],
+        "sources": [source.describe() for source in recipe.sources],
         "files": [part.identity() for part in parts],
         "max_documents": recipe.max_documents,
         "max_bytes": recipe.max_bytes,

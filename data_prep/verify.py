@@ -11,10 +11,9 @@ from tqdm import tqdm
 
 from data_prep.folder_refusals import cannot_read
 from data_prep.ids import find_duplicates
-from data_prep.recipe import LABELS
-from data_prep.shard_writer import count_labels
+from data_prep.shard_writer import count_labels, count_numbers
 from monet_train.data.index_file import check_index, read_index, read_index_header
-from monet_train.data.labels import read_labels
+from monet_train.data.labels import label_columns, read_labels
 from monet_train.data.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_file
@@ -137,15 +136,22 @@ def _check_tokens(prefix: Path, dtype: Any, record: ShardRecord, manifest: Manif
 
 def _check_labels(folder: Path, record: ShardRecord) -> Iterator[str]:
     """Compare what the manifest counts in a sound shard's labels."""
-    table = read_labels(folder / record.name, columns=[*LABELS, "bytes"])
+    strings, numbers = label_columns(folder / record.name)
+    table = read_labels(folder / record.name, columns=[*strings, *numbers, "bytes"])
     lengths, sizes = read_index(folder / record.name).lengths, table["bytes"].to_numpy()
     labels = {}
-    for name in LABELS:
+    for name in strings:
         column = table[name].chunk(0)
         codes = column.indices.fill_null(-1).to_numpy()
         labels[name] = count_labels(column.dictionary.to_pylist(), codes, lengths, sizes)
-    if labels != record.labels or sizes.sum() != record.text_bytes:
-        yield (
-            f"{folder / MANIFEST_NAME}: `labels` or `text_bytes` of {record.name} is not what its labels.parquet says: "
-            "restore the manifest, or prepare the corpus again"
-        )
+    found = {
+        "labels": labels,
+        "numbers": {name: count_numbers(table[name].to_numpy(), lengths) for name in numbers},
+        "text_bytes": sizes.sum(),
+    }
+    for name, value in found.items():
+        if getattr(record, name) != value:
+            yield (
+                f"{folder / MANIFEST_NAME}: `{name}` of {record.name} is not what its labels.parquet says: "
+                "restore the manifest, or prepare the corpus again"
+            )

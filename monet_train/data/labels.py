@@ -1,4 +1,4 @@
-"""Language, domain and source of documents, kept beside the shards for the analysis of experts."""
+"""Labels of documents (language, domain, source and others), kept beside the shards for the analysis of experts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def read_labels(
     """The labels of some documents of a shard, one column per label.
 
     Text columns are dictionaries: ``table["lang"].chunk(0)`` has ``indices`` [documents] and ``dictionary``, so that
-    counting and averaging by label needs no Python object per document.
+    counting and averaging by label needs no Python object per document. Numbers are float64. Both are null where a
+    document has no value.
 
     Args:
         prefix: the shard, without suffix; ``PackedSequences.pieces`` gives it for a training sequence.
         documents: a slice, or numbers in any order and with repetitions; None: all.
-        columns: from ``lang``, ``domain``, ``source``, ``bytes`` and, if there are any, ``id``; None: all.
+        columns: from those in :func:`label_columns`, ``bytes`` and, if there are any, ``id``; None: all.
 
     Returns:
         A ``pyarrow.Table`` with one row per document, in the order asked for, each column in one chunk. Besides it, at
@@ -39,7 +40,7 @@ def read_labels(
     """
     import pyarrow
 
-    starts, known = _layout(prefix, _version(prefix))
+    starts, known, _ = _layout(prefix, _version(prefix))
     names = known if columns is None else tuple(columns)
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"labels {prefix}: there is no column {unknown[0]!r}: choose from {', '.join(known)}")
@@ -67,8 +68,8 @@ def read_labels(
     return table.combine_chunks()
 
 
-def document_labels(prefix: Path, document: int) -> dict[str, str | int | None]:
-    """The labels of one document of a shard: ``lang``, ``domain``, ``source``, ``bytes`` and, if there are any, ``id``.
+def document_labels(prefix: Path, document: int) -> dict[str, str | int | float | None]:
+    """The labels of one document of a shard: all columns, ``bytes`` and, if there are any, ``id`` among them.
 
     Args:
         prefix: see :func:`read_labels`, which reads those of many documents faster.
@@ -80,9 +81,29 @@ def document_labels(prefix: Path, document: int) -> dict[str, str | int | None]:
     return read_labels(prefix, [document]).to_pylist()[0]
 
 
+class LabelColumns(NamedTuple):
+    """The labels of a shard, by kind: ``lang``, ``domain`` and ``source``, and what ``--keep`` kept."""
+
+    strings: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+
+def label_columns(prefix: Path) -> LabelColumns:
+    """The labels that a shard has; they are the same in all shards of a folder. None of them is read.
+
+    Args:
+        prefix: the shard, without suffix.
+
+    Raises:
+        UserError: the shard has no labels.
+    """
+    return _layout(prefix, _version(prefix)).labels
+
+
 class _Layout(NamedTuple):
     starts: np.ndarray  # int64 [row groups + 1], the first document of each, and the end
     columns: tuple[str, ...]
+    labels: LabelColumns
 
 
 def _file(prefix: Path) -> Path:
@@ -101,9 +122,13 @@ def _version(prefix: Path) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def _layout(prefix: Path, version: tuple[int, ...]) -> _Layout:
     """The layout of a shard's labels, without reading them."""
+    from pyarrow.types import is_dictionary, is_floating
+
     with _opened(prefix) as file:
         groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
-        return _Layout(np.cumsum([0, *groups], dtype=np.int64), tuple(file.schema_arrow.names))
+        schema = file.schema_arrow
+        by_kind = [tuple(field.name for field in schema if kind(field.type)) for kind in (is_dictionary, is_floating)]
+        return _Layout(np.cumsum([0, *groups], dtype=np.int64), tuple(schema.names), LabelColumns(*by_kind))
 
 
 def _read_group(prefix: Path, number: int, columns: tuple[str, ...]) -> Any:

@@ -34,6 +34,25 @@ class Position:
 
 
 @dataclass(frozen=True)
+class NumberCounts:
+    """A label that is a number: what has a value, and between which numbers the values are (None where none has)."""
+
+    documents: int
+    tokens: int
+    min: float | None
+    max: float | None
+
+    def __post_init__(self) -> None:
+        if (self.min is None) != (self.max is None) or (self.min is None) != (self.documents == 0):
+            raise ValueError("the counts of a number are not documents, tokens and the range of its values")
+
+    def __add__(self, other: NumberCounts) -> NumberCounts:
+        ends = [end for end in (self.min, self.max, other.min, other.max) if end is not None]
+        documents, tokens = self.documents + other.documents, self.tokens + other.tokens
+        return NumberCounts(documents, tokens, min(ends, default=None), max(ends, default=None))
+
+
+@dataclass(frozen=True)
 class ShardRecord:
     """One ``.bin``/``.idx`` pair (with its labels) and what is in it."""
 
@@ -45,6 +64,7 @@ class ShardRecord:
     end: Position
     files: dict[str, FileRecord]  # by suffix: bin, idx, labels.parquet
     labels: dict[str, dict[str, list[int]]]  # column -> value -> [documents, tokens, bytes of text]
+    numbers: dict[str, NumberCounts] = field(default_factory=dict)  # by column
 
     def __post_init__(self) -> None:
         if missing := {"bin", "idx", "labels.parquet"} - set(self.files):
@@ -52,6 +72,11 @@ class ShardRecord:
         for column, values in self.labels.items():
             if any(len(counts) != 3 or not all(counts[:2]) for counts in values.values()):
                 raise ValueError(f"{self.name}: the counts of `{column}` are not documents, tokens and bytes")
+
+    def to_json(self) -> dict[str, Any]:
+        """The values for a file. Without numbers they are those of older shards, to the byte."""
+        values = asdict(self)
+        return values if self.numbers else {key: value for key, value in values.items() if key != "numbers"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +102,30 @@ class Manifest:
             identity += [shard.files["bin"].sha256, shard.files["idx"].sha256]
         return sha256_json(identity)
 
+    @property
+    def label_counts(self) -> dict[str, dict[str, list[int]]]:
+        """Documents, tokens and bytes of text over all shards, by string label and value."""
+        columns: dict[str, dict[str, list[int]]] = {}
+        for record in self.shards:
+            for column, values in record.labels.items():
+                for value, counts in values.items():
+                    row = columns.setdefault(column, {}).setdefault(value, [0, 0, 0])
+                    row[:] = [a + b for a, b in zip(row, counts, strict=True)]
+        return columns
+
+    @property
+    def number_counts(self) -> dict[str, NumberCounts]:
+        """What has a value, and the range of the values over all shards, by label that is a number."""
+        columns: dict[str, NumberCounts] = {}
+        for record in self.shards:
+            for column, counts in record.numbers.items():
+                columns[column] = columns.get(column, NumberCounts(0, 0, None, None)) + counts
+        return columns
+
     def to_json(self) -> str:
         """The file's text."""
-        return json.dumps({**asdict(self), "fingerprint": self.fingerprint}, indent=1, ensure_ascii=False) + "\n"
+        values = {**asdict(self), "shards": [shard.to_json() for shard in self.shards]}
+        return json.dumps({**values, "fingerprint": self.fingerprint}, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

@@ -9,11 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from monet_train.data.labels import RowGroups, document_labels, read_labels
+from monet_train.data.labels import RowGroups, document_labels, label_columns, read_labels
 from monet_train.errors import UserError
 
 COUNT = 1000
 LANGUAGES = ["en", "ru", "日本", None]
+SCORES = [None if i % 7 == 0 else i / 2 for i in range(COUNT)]
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def shard(tmp_path: Path) -> Path:
     }
     table = pyarrow.table(
         {name: pyarrow.array(values, pyarrow.large_string()).dictionary_encode() for name, values in columns.items()}
+        | {"score": pyarrow.array(SCORES, pyarrow.float64())}
         | {"bytes": pyarrow.array(range(COUNT), pyarrow.int64()), "id": columns["id"]}
     )
     pyarrow.parquet.write_table(table, f"{prefix}.labels.parquet", row_group_size=90)
@@ -48,9 +50,16 @@ def test_rows_are_those_of_the_documents(documents, shard: Path) -> None:
     else:
         numbers = everything[documents] if isinstance(documents, slice) else [int(i) for i in documents]
     table = read_labels(shard, documents)
-    assert table.column_names == ["lang", "domain", "source", "id", "bytes"]
+    assert table.column_names == ["lang", "domain", "source", "id", "score", "bytes"]
     assert table.to_pylist() == [
-        {"lang": LANGUAGES[i // 90 % 4], "domain": f"domain {i // 100}", "source": None, "id": f"id {i}", "bytes": i}
+        {
+            "lang": LANGUAGES[i // 90 % 4],
+            "domain": f"domain {i // 100}",
+            "source": None,
+            "id": f"id {i}",
+            "score": SCORES[i],
+            "bytes": i,
+        }
         for i in numbers
     ]
     assert [document_labels(shard, i) for i in numbers[:5]] == table.to_pylist()[:5]
@@ -67,12 +76,16 @@ def test_a_column_is_one_array_of_codes(shard: Path) -> None:
     assert sums[values.index("domain 1")] == sum(range(100, 200))
 
 
+def test_the_columns_tell_their_kind(shard: Path) -> None:
+    assert label_columns(shard) == (("lang", "domain", "source"), ("score",))  # neither ids nor bytes
+
+
 @pytest.mark.parametrize(
     ("documents", "columns", "words"),
     [
         ([COUNT], None, f"there is no document {COUNT}: the shard has {COUNT}"),
         ([0, -1], None, f"there is no document -1: the shard has {COUNT}"),
-        ([0], ["language"], "there is no column 'language': choose from lang, domain, source, id, bytes"),
+        ([0], ["language"], "there is no column 'language': choose from lang, domain, source, id, score, bytes"),
     ],
 )
 def test_what_is_not_there_is_refused(documents, columns, words: str, shard: Path) -> None:

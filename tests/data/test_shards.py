@@ -19,7 +19,7 @@ import pytest
 from data_prep.encode import Column, Encoded
 from data_prep.ids import find_duplicates
 from data_prep.journal import Journal
-from data_prep.recipe import LABELS
+from data_prep.recipe import LABELS, Recipe
 from data_prep.shard_writer import ShardWriter
 from data_prep.verify import verify
 from monet_train.data.index_file import read_index, token_dtype
@@ -52,7 +52,7 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
     for tokens in texts:
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(tmp_path / "megatron.idx"))
-    writer = ShardWriter(tmp_path, "ours", dtype, Position(0, 0, 0))
+    writer = ShardWriter(tmp_path, "ours", dtype, Position(0, 0, 0), Recipe([]))
     for group in (texts[:10], texts[10:]):  # two chunks, of which the last is cut
         unlabelled: list[str | None] = [None] * len(group)
         lengths = np.array([len(tokens) for tokens in group], dtype=np.int32)
@@ -60,7 +60,8 @@ def test_shards_are_what_megatrons_builder_writes(vocabulary: int, tmp_path: Pat
             np.concatenate(group),
             lengths,
             lengths.astype(np.int64),
-            [Column.from_labels(unlabelled)] * len(LABELS),
+            {name: Column.from_labels(unlabelled) for name in LABELS},
+            {},
             unlabelled,
             [],
             {},
