@@ -1,4 +1,4 @@
-"""What the extension is built from. ``setup.py`` runs this file by its path, so it imports the standard library alone."""
+"""What the extension is built from. ``setup.py`` runs this file, so it imports the standard library alone."""
 
 from __future__ import annotations
 

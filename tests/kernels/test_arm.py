@@ -24,7 +24,8 @@ SOURCES = [
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_compiles_without_a_warning(source: Path, tmp_path: Path) -> None:
     framework = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
-    flags = ["-std=c++20", "-O1", "-fopenmp", "-fPIC", "-Wall", "-Wextra", "-Werror", '-DMONET_TORCH_VERSION="any"', '-DMONET_SOURCES="any"']
+    flags = ["-std=c++20", "-O1", "-fopenmp", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += ['-DMONET_TORCH_VERSION="any"', '-DMONET_SOURCES="any"']
     command = [COMPILER, *flags, *framework, "-c", source, "-o", tmp_path / "object.o"]
     compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr

@@ -67,7 +67,8 @@ def _build() -> Path:
     library.parent.mkdir(parents=True)
     framework = [f"-isystem{path}" for path in include_paths()]
     framework += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    framework += [f"-DMONET_LIBRARY={NAME}", "-DMONET_CUDA_DEVICE=CPU", '-DMONET_TORCH_VERSION="any"', '-DMONET_SOURCES="any"']
+    framework += [f"-DMONET_LIBRARY={NAME}", "-DMONET_CUDA_DEVICE=CPU"]
+    framework += ['-DMONET_TORCH_VERSION="any"', '-DMONET_SOURCES="any"']
 
     def compile_one(source: Path) -> str:
         target = library.parent / f"{source.name}.o"
