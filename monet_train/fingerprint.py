@@ -61,6 +61,11 @@ def seed_from(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
+def hash_tokens(tokens: np.ndarray) -> int:
+    """64 bits that identify a document by its token ids, whatever type they are stored in."""
+    return int.from_bytes(hashlib.blake2b(tokens.astype("<i4").tobytes(), digest_size=8).digest(), "little")
+
+
 def mix(numbers: np.ndarray) -> np.ndarray:
     """SplitMix64 of uint64 numbers, uint64: neighbouring numbers become unrelated ones."""
     z = numbers + np.uint64(0x9E3779B97F4A7C15)

@@ -192,7 +192,7 @@ class MonetForCausalLM(nn.Module):
             segments: [B, S] document numbers; a token attends only within its own.
             cache: keys and values of earlier tokens; the new ones are appended.
             output_router_probs, output_gates, output_hidden_states: fill these fields of the output.
-            keep_logits: False saves their memory when only the loss is wanted.
+            keep_logits: False saves their memory when only the loss is wanted, and the head's work when neither is.
         """
         config = self.config
         cached = cache.length if cache else 0
@@ -222,8 +222,9 @@ class MonetForCausalLM(nn.Module):
         hidden = self.model.norm(hidden)
         states[-1] = hidden
 
-        logits = self.lm_head(hidden)
-        loss = loss_sum = counted = None
+        logits = loss = loss_sum = counted = None
+        if keep_logits or targets is not None:  # who wants only gates or states is spared the head
+            logits = self.lm_head(hidden)
         if targets is not None:
             loss_sum, counted = self._sum_losses(logits, targets)
             loss = loss_sum / counted.clamp_min(1)

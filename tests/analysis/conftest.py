@@ -1,0 +1,57 @@
+"""A small model, and labelled shards that it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.pipeline import ShardOptions
+from data_prep.recipe import recipe_from
+from data_prep.shards import prepare as prepare_shards
+from monet_train.model.config import MonetConfig
+from monet_train.model.initialize import initialize
+from monet_train.model.transformer import MonetForCausalLM
+from monet_train.tokenizers import Tokenizer
+from tests.support.corpora import text_of
+
+DOCUMENTS = 60
+EXPERTS = 16
+
+
+@pytest.fixture(scope="session")
+def labelled(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Shards of made-up documents: ``labelled(name, order)`` -> folder. The order decides in which shard each is."""
+    root = tmp_path_factory.mktemp("labelled")
+
+    def make(name: str, order: range | list[int] = range(DOCUMENTS), tokens_per_shard: int = 2000) -> Path:
+        out = root / name
+        if not out.exists():
+            lines = [
+                json.dumps({"text": text_of(i), "lang": ("en", "ru", "zh")[i % 3], "source": "ab"[i % 2]})
+                for i in order
+            ]
+            source = root / f"{name}.jsonl"
+            source.write_text("\n".join(lines) + "\n")
+            recipe = recipe_from([str(source)], {}, {})
+            prepare_shards(recipe, tokenizer, out, ShardOptions(tokens_per_shard=tokens_per_shard))
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["vertical", "horizontal"])
+def model(request: pytest.FixtureRequest) -> MonetForCausalLM:
+    """A model of two routing groups with weights so large that experts differ. Read only."""
+    config = MonetConfig(
+        vocab_size=400, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        moe_experts=EXPERTS, moe_heads=3, moe_dim=4, moe_topk=3, moe_groups=2, max_position_embeddings=128,
+        moe_decompose=request.param, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.device("meta"):
+        built = MonetForCausalLM(config)
+    initialize(built, torch.device("cpu"), seed=0)
+    return built.eval()

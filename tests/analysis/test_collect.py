@@ -1,0 +1,185 @@
+"""Collection against brute force over dense scores, and the same bytes for any workers, order and interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from monet_train.analysis.atlas import Atlas
+from monet_train.analysis.collect import Worker, collect
+from monet_train.analysis.collector import Collector
+from monet_train.analysis.plan import Plan, Request, make_plan
+from monet_train.errors import UserError
+from monet_train.model.transformer import MonetForCausalLM
+from tests.support.files import contents
+
+REQUEST = Request(tokens_per_label=None, window=32)
+
+
+@pytest.fixture(autouse=True)
+def small_models(one_thread: None) -> None:
+    """The models here are small."""
+
+
+@pytest.fixture(scope="session")
+def plan(labelled: Callable[..., Path]) -> Plan:
+    return make_plan([labelled("corpus")], REQUEST, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def atlas(model: MonetForCausalLM, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    out = tmp_path_factory.mktemp("atlas") / "atlas"
+    collect(model, plan, REQUEST, "unknown", out, [0, 1])
+    return Atlas(out)
+
+
+@pytest.fixture(scope="session")
+def dense(model: MonetForCausalLM, plan: Plan) -> list[dict[str, np.ndarray]]:
+    """By routing group: scores [T, E, E] and gates of half-experts [T, 2E] of every token, fp64, by brute force."""
+    scores, halves = [[], []], [[], []]
+    with torch.no_grad():
+        for document in range(len(plan.documents)):
+            tokens = plan.read(document)
+            for _, begin, end in plan.units(document):
+                probs = model(torch.from_numpy(tokens[begin:end])[None], output_router_probs=True).router_probs
+                for group in (0, 1):
+                    g1, g2 = (g[0].double() for g in probs[2 * group])
+                    scores[group].append(torch.einsum("thi,thj->tij", g1, g2).numpy())
+                    halves[group].append(torch.cat([g1.sum(1), g2.sum(1)], 1).numpy())
+    return [
+        {"score": np.concatenate(s), "half": np.concatenate(h)} for s, h in zip(scores, halves, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def documents(plan: Plan) -> np.ndarray:
+    """The document of every token, [T]."""
+    return np.repeat(np.arange(len(plan.documents)), plan.documents.tokens)
+
+
+def test_sums_are_those_of_brute_force(
+    atlas: Atlas, plan: Plan, dense: list[dict[str, np.ndarray]], documents: np.ndarray
+) -> None:
+    for group in (0, 1):
+        for halves in (False, True):
+            score = dense[group]["half" if halves else "score"].reshape(len(documents), -1)
+            compare = np.testing.assert_allclose
+            compare(atlas.column(group, "mean", halves), score.mean(0), rtol=1e-6, atol=1e-9)
+            compare(atlas.column(group, "second_moment", halves), (score**2).mean(0), rtol=1e-6, atol=1e-9)
+            np.testing.assert_array_equal(atlas.column(group, "firings", halves), (score > 0).sum(0))
+            for column, labels in (("lang", ("en", "ru", "zh")), ("source", ("a", "b"))):
+                profile = atlas.profile(group, column, halves)
+                assert profile.values == labels
+                cells = plan.documents.cell[[c.name for c in plan.schema.columns].index(column)]
+                first = plan.schema.cells_of(column).start
+                for value in range(len(labels)):
+                    rows = cells[documents] == first + value
+                    np.testing.assert_array_equal(profile.firings[value], (score[rows] > 0).sum(0))
+                    for half in (0, 1):
+                        kept = rows & (plan.half[documents] == half)
+                        mean, error = ratio_estimator(score[kept], documents[kept])
+                        compare(profile.mean[half, value], mean, rtol=1e-6, atol=1e-9)
+                        compare(profile.error[half, value], error, rtol=1e-4, atol=1e-7)
+                        assert profile.tokens[half, value] == kept.sum()
+                        assert profile.documents[half, value] == len(np.unique(documents[kept]))
+
+
+def ratio_estimator(score: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over tokens and its standard error over documents, as in the books."""
+    names = np.unique(document)
+    sums = np.stack([score[document == name].sum(0) for name in names])
+    lengths = np.array([(document == name).sum() for name in names])[:, None]
+    mean = score.mean(0)
+    variance = ((sums - mean * lengths) ** 2).sum(0) * len(names) / (len(names) - 1)
+    return mean, np.sqrt(variance) / len(score)
+
+
+def test_contexts_are_the_strongest_tokens(atlas: Atlas, plan: Plan, dense: list[dict[str, np.ndarray]]) -> None:
+    """Of every expert of both groups; their places, scores and neighbours."""
+    starts = np.concatenate([[0], np.cumsum(plan.documents.tokens)])
+    row = {
+        (int(s), int(n)): d
+        for d, (s, n) in enumerate(zip(plan.documents.shard, plan.documents.number, strict=True))
+    }  # fmt: skip
+    seen = 0
+    for group, i, j in [(0, 1, 2), (0, 7, 7), (1, 3, 9), (1, 15, 0)]:
+        score = dense[group]["score"][:, i, j]
+        page = atlas.expert(group, i, j)
+        assert page.firings == (score > 0).sum() == sum(page.histogram)
+        strongest = np.sort(score[score > 0])[::-1][:20]
+        np.testing.assert_allclose([c.score for c in page.strongest], strongest, rtol=1e-5)
+        sample = [c for c in page.contexts if c.quantile >= 0]
+        assert len(sample) == min(25, page.firings)
+        if len(sample) == 25:
+            assert [c.quantile for c in sample] == np.repeat(np.arange(5), 5).tolist()
+            assert [c.score for c in sample] == sorted(c.score for c in sample)
+        for context in page.contexts:
+            document = row[context.shard, context.document]
+            token = starts[document] + context.position
+            assert context.score == pytest.approx(score[token], rel=1e-5)
+            assert plan.read(document)[context.position] == context.tokens[context.place]
+            near = slice(max(0, context.place - 24), context.place + 8)
+            begin = token - context.place
+            expected = score[begin : begin + len(context.tokens)][near]
+            np.testing.assert_allclose(context.scores[near], expected, rtol=1e-3, atol=1e-6)
+            seen += 1
+    assert seen > 100
+
+
+def test_the_same_bytes_for_any_workers_order_and_interruption(
+    model: MonetForCausalLM, plan: Plan, atlas: Atlas, labelled: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    expected = contents(atlas.folder)
+
+    for rank in (1, 0):  # two workers, one after the other: the first to come leaves its part
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "wait", lambda self: None)
+            if rank == 1:
+                collect(model, plan, REQUEST, "unknown", tmp_path / "two", [0, 1], Worker(1, 2))
+            else:
+                collect(model, plan, REQUEST, "unknown", tmp_path / "two", [0, 1], Worker(0, 1))
+    assert contents(tmp_path / "two") == expected
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        add, count = Collector.add, iter(range(1000))
+
+        def stop(self: Collector, document: int) -> None:
+            if next(count) == 25:
+                raise KeyboardInterrupt
+            add(self, document)
+
+        patch.setattr(Collector, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, plan, REQUEST, "unknown", killed, [0, 1], save_seconds=0)
+    with pytest.raises(UserError, match="unfinished"):
+        Atlas(killed)
+    collect(model, plan, REQUEST, "unknown", killed, [0, 1])
+    assert contents(killed) == expected
+
+    turned = make_plan([labelled("corpus")], REQUEST, vocab_size=400)
+    assert np.array_equal(turned.documents.hash, plan.documents.hash)
+    with pytest.raises(UserError, match="another model, other data or other options"):
+        (tmp_path / "other" / "parts").mkdir(parents=True)
+        (tmp_path / "other" / "parts" / "identity").write_text("{}")
+        collect(model, plan, REQUEST, "unknown", tmp_path / "other", [0, 1])
+
+
+def test_documents_are_chosen_by_what_they_say(labelled: Callable[..., Path]) -> None:
+    """Other shards in another order give the same documents in the same order and halves; only their places differ."""
+    order = list(range(60))[::-1]
+    one = make_plan([labelled("corpus")], Request(tokens_per_label=500, window=32), 400)
+    two = make_plan([labelled("reversed", order, 1000)], Request(tokens_per_label=500, window=32), 400)
+    assert len(one.documents) < 60
+    for name in ("hash", "tokens", "cell"):
+        assert np.array_equal(getattr(one.documents, name), getattr(two.documents, name)), name
+    assert np.array_equal(one.half, two.half) and np.array_equal(one.first_unit, two.first_unit)
+    assert len(set(two.documents.shard)) > len(set(one.documents.shard)) >= 1
+    for cell in range(one.schema.cells):
+        tokens = one.documents.tokens[(one.documents.cell == cell).any(0)]
+        assert tokens.sum() >= 500
