@@ -18,7 +18,7 @@ from tqdm import tqdm
 from monet_train.analysis.collector import Collector
 from monet_train.analysis.manifest import MANIFEST, AtlasManifest, CellRecord, ModelRecord, NumericRecord
 from monet_train.analysis.parts import DOCUMENTS, Parts
-from monet_train.analysis.plan import Plan, Request
+from monet_train.analysis.plan import SAVE_SECONDS, Plan, Request
 from monet_train.analysis.sums import DocumentCounts
 from monet_train.analysis.write import AtlasWriter
 from monet_train.durable import write_atomically
@@ -26,8 +26,6 @@ from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_json
 from monet_train.model.identity import identify
 from monet_train.model.transformer import MonetForCausalLM
-
-SAVE_SECONDS = 600.0  # between two parts of a worker
 
 
 @dataclass(frozen=True)

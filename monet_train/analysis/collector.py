@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from monet_train.analysis.plan import POSITIONS, Plan
+from monet_train.analysis.plan import Plan
 from monet_train.analysis.sums import Scales, Sums
-from monet_train.kernels.gates import Gates
-from monet_train.kernels.visits import ExpertReader, Tally, visit
+from monet_train.kernels.gates import ActivePairs, Gates
+from monet_train.kernels.visits import UNIT_PLACES, ExpertReader, Tally, visit
 from monet_train.model.transformer import MonetForCausalLM
 
 COACTIVE_TOKENS = 4096  # about so many tokens are kept with all their experts
@@ -57,27 +57,26 @@ class GroupCollector:
         """Add a unit of the current document. ``sampled``: tokens that are kept with all their experts."""
         tokens = len(hashes)
         visit(self.tally, g1, g2, tokens, torch.from_numpy(hashes.view(np.int64)), unit, inputs, self.readers)
-        sides = [gates.active_pairs() for gates in (g1, g2)]
+        sides = [ActivePairs(*(part.cpu() for part in gates.active_pairs())) for gates in (g1, g2)]
         for side, pairs in enumerate(sides):
             score = pairs.values.double().sum(1)
             index = pairs.half_expert + side * self.experts
             for row, values in zip(self._half_sums, (score, score * score, (score > 0).double()), strict=True):
                 row.index_add_(0, index, values)
         for token in sampled.tolist():
-            self._keep_coactive(sides, token, unit * POSITIONS + token)
+            self._keep_coactive(sides, token, unit * UNIT_PLACES + token)
 
-    def _keep_coactive(self, sides: list[Any], token: int, place: int) -> None:
+    def _keep_coactive(self, sides: list[ActivePairs], token: int, place: int) -> None:
         (values1, half1), (values2, half2) = (
             (pairs.values[pairs.token == token], pairs.half_expert[pairs.token == token]) for pairs in sides
         )
-        score = values1 @ values2.T
-        flat = half1[:, None] * self.experts + half2
-        score, flat = score.flatten(), flat.flatten()
-        order = np.lexsort((flat.numpy(), -score.numpy()))[:COACTIVE_EXPERTS]
-        order = order[score.numpy()[order] > 0]
+        score = (values1.double() @ values2.double().T).flatten().numpy()
+        flat = (half1[:, None] * self.experts + half2).flatten().numpy()
+        order = np.lexsort((flat, -score))[:COACTIVE_EXPERTS]
+        order = order[score[order] > 0]
         self.coactive.place.append(np.full(len(order), place, np.int64))
-        self.coactive.expert.append(flat.numpy()[order].astype(np.int32))
-        self.coactive.score.append(score.numpy()[order].astype(np.float32))
+        self.coactive.expert.append(flat[order].astype(np.int32))
+        self.coactive.score.append(score[order].astype(np.float32))
 
     def end_document(self, tokens: int, half: int, cells: list[int], values: np.ndarray) -> None:
         """Add the sums of the current document and begin another."""
@@ -95,14 +94,6 @@ class GroupCollector:
         found |= {f"coactive.{name}": a for name, a in self.coactive.arrays().items()}
         names = ("histogram", "score", "hash", "place", "contribution", "scores")
         return found | {f"tally.{name}": getattr(self.tally, name).numpy() for name in names}
-
-    def restore(self, arrays: dict[str, np.ndarray]) -> None:
-        """Go on from what :meth:`arrays` gave, between two documents."""
-        for name, mine in self.arrays().items():
-            if name.startswith("coactive."):
-                setattr(self.coactive, name.removeprefix("coactive."), [arrays[name]])
-            else:
-                mine[...] = arrays[name]
 
 
 class Collector:
@@ -139,9 +130,7 @@ class Collector:
         gates = self.model(ids, output_gates=True, keep_logits=False).gates
         sampled = torch.from_numpy(np.flatnonzero(hashes < self._threshold))
         for number, group in self.groups.items():
-            g1, g2 = (side.to("cpu") for side in gates[number])
-            inputs = [x.float().cpu() for x in self._inputs[number]]
-            group.visit(g1, g2, hashes, unit, inputs, sampled)
+            group.visit(*gates[number], hashes, unit, self._inputs[number], sampled)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:

@@ -43,11 +43,13 @@ def memory_of_collection(config: MonetConfig, plan: Plan, groups: int) -> int:
 def estimate(model: MonetForCausalLM, plan: Plan, groups: list[int], workers: int) -> Estimate:
     """Read a few documents for the time. The first ones of the plan are as good as any: they go by hash."""
     collector = Collector(model, plan, groups)
-    collector.add(0)
     read, begin = 0, time.perf_counter()
-    for document in range(min(len(plan.documents), 64)):
+    for document, tokens in enumerate(plan.documents.tokens.tolist()):
         collector.add(document)
-        read += int(plan.documents.tokens[document])
+        if document == 0 and len(plan.documents) > 1:  # the first one also prepares: it does not count
+            begin = time.perf_counter()
+            continue
+        read += tokens
         if read >= TIMED_TOKENS:
             break
     per_token = (time.perf_counter() - begin) / max(1, read)

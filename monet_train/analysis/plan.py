@@ -25,7 +25,7 @@ from monet_train.fingerprint import hash_tokens, mix, seed_from
 
 WINDOW = 256  # tokens of a unit at most
 DEFAULT_TOKENS_PER_LABEL = 262_144
-POSITIONS = 1 << 16  # of a unit; a place is unit * POSITIONS + position
+SAVE_SECONDS = 600.0  # between two saves of what a worker has read
 NOT_LABELS = ("id", "bytes")
 
 
@@ -135,12 +135,14 @@ def _schema(shards: Sequence[Path], asked: tuple[str, ...] | None) -> LabelSchem
     """The columns of the shards; those without a value, or with too many, are left out unless they are asked for."""
     import pyarrow.types
 
+    there: set[str] = set()
     values: dict[str, set[str]] = {}
     scales: dict[str, float] = {}
     for prefix in shards:
         table = read_labels(prefix)
-        for name in table.column_names:
-            if name in NOT_LABELS or (asked is not None and name not in asked):
+        there.update(name for name in table.column_names if name not in NOT_LABELS)
+        for name in there.intersection(table.column_names):
+            if asked is not None and name not in asked:
                 continue
             column = table[name]
             if pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type):
@@ -149,9 +151,8 @@ def _schema(shards: Sequence[Path], asked: tuple[str, ...] | None) -> LabelSchem
             else:
                 values.setdefault(name, set()).update(v for v in column.unique().to_pylist() if v is not None)
     for name in asked or ():
-        if name not in values and name not in scales:
-            known = ", ".join(sorted({*values, *scales}) or ["none"])
-            raise UserError(f"--labels {name}: the shards have no such column; they have {known}")
+        if name not in there:
+            raise UserError(f"--labels {name}: the shards have no such column; they have {', '.join(sorted(there))}")
         if len(values.get(name, ())) > MOST_VALUES:
             raise UserError(f"--labels {name}: {len(values[name]):,} values are too many; {MOST_VALUES} are possible")
     return LabelSchema(

@@ -104,7 +104,7 @@ class Sums:
     def add(self, others: dict[str, np.ndarray], experts: slice) -> None:
         """Add the same sums of another worker, for a range of its experts: these are that range."""
         for name, mine in self.arrays().items():
-            mine += torch.from_numpy(np.ascontiguousarray(others[name][..., experts]))
+            mine += torch.from_numpy(np.array(others[name][..., experts]))
 
     def values(self) -> dict[str, np.ndarray]:
         """Every sum as fp64, by its name; the coarse and the fine part joined."""

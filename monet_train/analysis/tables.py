@@ -11,8 +11,8 @@ import numpy as np
 
 from monet_train.analysis.contexts import EMPTY, STRONGEST, Contexts, quantiles
 from monet_train.analysis.labels import LabelSchema
-from monet_train.analysis.plan import POSITIONS
 from monet_train.analysis.sums import DocumentCounts
+from monet_train.kernels.visits import UNIT_PLACES
 
 
 def label_columns(sums: dict[str, np.ndarray], counts: DocumentCounts, schema: LabelSchema) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def context_columns(strong: Contexts, sample: Contexts) -> dict[str, Any]:
     near, at = np.nonzero(both.scores[filled])
     return {
         "context.quantile": ragged(quantile[filled], counts),
-        "context.unit": ragged((both.place[filled] // POSITIONS).astype(np.int32), counts),
-        "context.position": ragged((both.place[filled] % POSITIONS).astype(np.uint16), counts),
+        "context.unit": ragged((both.place[filled] // UNIT_PLACES).astype(np.int32), counts),
+        "context.position": ragged((both.place[filled] % UNIT_PLACES).astype(np.uint16), counts),
         "context.score": ragged(both.score[filled], counts),
         "context.contribution": ragged(both.contribution[filled], counts),
         "context.active": ragged(np.bincount(near, minlength=int(filled.sum())).astype(np.uint8), counts),

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from monet_train.analysis.contexts import EMPTY, FIELDS, Contexts, merge
 from monet_train.analysis.parts import read_part
-from monet_train.analysis.plan import POSITIONS, Plan
+from monet_train.analysis.plan import Plan
 from monet_train.analysis.sums import DocumentCounts, Scales, Sums, blocks
 from monet_train.analysis.tables import context_columns, fixed_list, label_columns, ragged
 from monet_train.durable import sync
 from monet_train.fingerprint import sha256_file
+from monet_train.kernels.visits import UNIT_PLACES
 
 UNITS_AT_ONCE = 64  # rows of a row group of units.parquet: a page of an expert reads about 45 of them
 DOCUMENTS, UNITS = "documents.parquet", "units.parquet"
@@ -98,7 +99,7 @@ class AtlasWriter:
             columns["histogram"] = fixed_list(np.ascontiguousarray(histogram))
             strong, sample = merge([self._contexts(part, group, experts) for part in self._parts])
             for contexts in (strong, sample):
-                self._used[contexts.place[contexts.place != EMPTY] // POSITIONS] = True
+                self._used[contexts.place[contexts.place != EMPTY] // UNIT_PLACES] = True
             bar.update()
             yield pyarrow.table(columns | context_columns(strong, sample))
 
@@ -123,8 +124,8 @@ class AtlasWriter:
         places, counts = np.unique(found["place"], return_counts=True)
         yield pyarrow.table(
             {
-                "unit": pyarrow.array((places // POSITIONS).astype(np.int32)),
-                "position": pyarrow.array((places % POSITIONS).astype(np.uint16)),
+                "unit": pyarrow.array((places // UNIT_PLACES).astype(np.int32)),
+                "position": pyarrow.array((places % UNIT_PLACES).astype(np.uint16)),
                 "expert": ragged(found["expert"][order], counts),
                 "score": ragged(found["score"][order], counts),
             }

@@ -34,10 +34,6 @@ class Layout:
         blocks = (len(self.group_start) - 1) // self.experts
         return experts.repeat(blocks).repeat_interleave(self.group_start.diff(), output_size=len(self.token))
 
-    def to(self, device: torch.device | str) -> Layout:
-        """The same on another device."""
-        return Layout(*(tensor.to(device) for tensor in self.tensors()), experts=self.experts)
-
     def tensors(self) -> list[Tensor]:
         """The index tensors, in the order that the native operations expect."""
         return [self.token, self.group_start, self.row_start, self.row_pair]
@@ -68,9 +64,6 @@ class CompactGates:
 
     def active(self) -> Tensor:
         return (self.values != 0).any(1).sum()
-
-    def to(self, device: torch.device | str) -> CompactGates:
-        return CompactGates(self.values.to(device), self.layout.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> CompactGates:
         return CompactGates(function(self.values), self.layout)

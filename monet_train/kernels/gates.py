@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
-import torch
 from torch import Tensor
 
 
@@ -41,10 +40,6 @@ class Gates(Protocol):
         """Number of (token, half-expert) pairs that are active in at least one head, an int64 scalar."""
         ...
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same gates on another device."""
-        ...
-
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same gates with ``function`` applied to the tensor that carries the values and their gradient."""
         ...
@@ -71,9 +66,6 @@ class DenseGates:
 
     def active(self) -> Tensor:
         return (self.values != 0).any(1).sum()
-
-    def to(self, device: torch.device | str) -> DenseGates:
-        return DenseGates(self.values.to(device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> DenseGates:
         return DenseGates(function(self.values))

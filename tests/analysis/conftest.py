@@ -12,10 +12,11 @@ import torch
 from data_prep.pipeline import ShardOptions
 from data_prep.recipe import recipe_from
 from data_prep.shards import prepare as prepare_shards
+from monet_train.checkpoints.weights import write_model
 from monet_train.model.config import MonetConfig
 from monet_train.model.initialize import initialize
 from monet_train.model.transformer import MonetForCausalLM
-from monet_train.tokenizers import Tokenizer
+from monet_train.tokenizers import StoredTokenizer, Tokenizer
 from tests.support.corpora import text_of
 
 DOCUMENTS = 60
@@ -55,3 +56,11 @@ def model(request: pytest.FixtureRequest) -> MonetForCausalLM:
         built = MonetForCausalLM(config)
     initialize(built, torch.device("cpu"), seed=0)
     return built.eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(model: MonetForCausalLM, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model on disk, with its tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, model.state_dict(), model.config, StoredTokenizer(tokenizer.path, tokenizer.record))
+    return folder

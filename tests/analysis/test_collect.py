@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from monet_train.analysis.atlas import Atlas
-from monet_train.analysis.collect import Worker, collect
+from monet_train.analysis.cli import main
+from monet_train.analysis.collect import collect
 from monet_train.analysis.collector import Collector
 from monet_train.analysis.plan import Plan, Request, make_plan
+from monet_train.checkpoints.weights import write_model
 from monet_train.errors import UserError
 from monet_train.model.transformer import MonetForCausalLM
+from tests.support.commands import exit_status
 from tests.support.files import contents
+from tests.support.processes import run_ranks
+from tests.support.worker import collect as collect_process
 
 REQUEST = Request(tokens_per_label=None, window=32)
 
@@ -130,44 +137,100 @@ def test_contexts_are_the_strongest_tokens(atlas: Atlas, plan: Plan, dense: list
     assert seen > 100
 
 
-def test_the_same_bytes_for_any_workers_order_and_interruption(
-    model: MonetForCausalLM, plan: Plan, atlas: Atlas, labelled: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    expected = contents(atlas.folder)
+@pytest.mark.distributed
+def test_the_same_bytes_for_any_workers_and_after_a_kill(
+    model_folder: Path, labelled: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One process; two; and two that are killed, after which one goes on alone."""
+    given = [str(model_folder), str(labelled("corpus")), "--window", "32", "--tokens-per-label", "all"]
 
-    for rank in (1, 0):  # two workers, one after the other: the first to come leaves its part
-        with monkeypatch.context() as patch:
-            patch.setattr(Worker, "wait", lambda self: None)
-            if rank == 1:
-                collect(model, plan, REQUEST, "unknown", tmp_path / "two", [0, 1], Worker(1, 2))
-            else:
-                collect(model, plan, REQUEST, "unknown", tmp_path / "two", [0, 1], Worker(0, 1))
-    assert contents(tmp_path / "two") == expected
+    def run(name: str, ranks: int = 1, killed_after: int | None = None) -> Path:
+        out = tmp_path / name
+        saves = ["--save-minutes", "0"] if killed_after else []
+        for done in run_ranks(collect_process, [*given, *saves, "--out", str(out)], killed_after, ranks=ranks):
+            assert (done.returncode != 0) == (killed_after is not None), done.stderr
+        return out
+
+    expected = contents(run("one"))
+    assert "manifest.json" in expected and "parts" not in expected
+    assert contents(run("two", ranks=2)) == expected
 
     killed = tmp_path / "killed"
-    with monkeypatch.context() as patch:
-        add, count = Collector.add, iter(range(1000))
-
-        def stop(self: Collector, document: int) -> None:
-            if next(count) == 25:
-                raise KeyboardInterrupt
-            add(self, document)
-
-        patch.setattr(Collector, "add", stop)
-        with pytest.raises(KeyboardInterrupt):
-            collect(model, plan, REQUEST, "unknown", killed, [0, 1], save_seconds=0)
+    run("killed", ranks=2, killed_after=10)
     with pytest.raises(UserError, match="unfinished"):
         Atlas(killed)
-    collect(model, plan, REQUEST, "unknown", killed, [0, 1])
-    assert contents(killed) == expected
+    assert contents(run("killed")) == expected
 
-    turned = make_plan([labelled("corpus")], REQUEST, vocab_size=400)
-    assert np.array_equal(turned.documents.hash, plan.documents.hash)
+
+def test_a_collection_goes_on_with_what_was_saved(
+    model: MonetForCausalLM, plan: Plan, atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, read, add = tmp_path / "atlas", [], Collector.add
+
+    def stop_at(number: int) -> None:
+        def add_or_stop(collector: Collector, document: int) -> None:
+            if len(read) == number:
+                raise KeyboardInterrupt
+            read.append(document)
+            add(collector, document)
+
+        monkeypatch.setattr(Collector, "add", add_or_stop)
+
+    for number in (25, 40):
+        stop_at(number)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, plan, REQUEST, "unknown", out, [0, 1], save_seconds=0)
+    stop_at(1000)
+    collect(model, plan, REQUEST, "unknown", out, [0, 1])
+    assert sorted(read) == list(range(len(plan.documents))), "no document is read twice"
+    assert contents(out) == contents(atlas.folder)
+
+
+def test_another_collection_in_the_same_folder_is_refused(
+    model: MonetForCausalLM, plan: Plan, atlas: Atlas, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="has an atlas already"):
+        collect(model, plan, REQUEST, "unknown", atlas.folder, [0, 1])
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "identity").write_text("{}")
     with pytest.raises(UserError, match="another model, other data or other options"):
-        (tmp_path / "other" / "parts").mkdir(parents=True)
-        (tmp_path / "other" / "parts" / "identity").write_text("{}")
-        collect(model, plan, REQUEST, "unknown", tmp_path / "other", [0, 1])
+        collect(model, plan, REQUEST, "unknown", tmp_path, [0, 1])
+
+
+REFUSED = {
+    "a source that is not there": (["nowhere"], "no shards at nowhere"),
+    "a label that is not there": (["--labels", "language"], "--labels language", "they have domain, lang, source"),
+    "a group that is not there": (["--groups", "7"], "--groups 7 is not a routing group; use some of 0 to 1"),
+    "a window beyond the context": (["--window", "1000"], "use 1 to 128"),
+    "the same source twice": (["TWICE"], "give each source once"),
+    "no tokens": (["--max-tokens", "0"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line(
+    case: str, model_folder: Path, labelled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, *fragments = REFUSED[case]
+    source = str(labelled("corpus"))
+    arguments = [source if argument == "TWICE" else argument for argument in arguments]
+    out = tmp_path / "atlas"
+    with mock.patch.dict(os.environ):
+        status = exit_status(main, "monet-experts", "collect", model_folder, source, *arguments, "--out", out)
+    said = capsys.readouterr().err
+    assert status == 2 and not out.exists()
+    for fragment in fragments:
+        assert fragment in said
+
+
+def test_text_of_another_tokenizer_is_refused(
+    model: MonetForCausalLM, labelled: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path, model.state_dict(), model.config, None)
+    with mock.patch.dict(os.environ):
+        arguments = ["collect", tmp_path, labelled("corpus"), "--out", tmp_path / "atlas"]
+        assert exit_status(main, "monet-experts", *arguments) == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
 
 
 def test_documents_are_chosen_by_what_they_say(labelled: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from monet_train import ExpertSet
+from monet_train.analysis.cli import main as experts_main
+from monet_train.analysis.parts import Parts
 from monet_train.checkpoints.weights import read_config, read_weights
 from monet_train.config.compose import compose
 from monet_train.data.packing import PackedSequences, TokenSequence
@@ -75,6 +78,21 @@ def masked_sequence(dataset: PackedSequences, index: int) -> TokenSequence:
 
 
 READ = PackedSequences.__getitem__
+
+
+def collect(arguments: list[str], killed_after: int | None = None) -> None:
+    """``monet-experts collect``; its process is killed after it has saved that many times."""
+    numbers, write = itertools.count(1), Parts.write
+
+    def write_and_die(parts: Parts, *values: Any, **options: Any) -> Path:
+        written = write(parts, *values, **options)
+        if next(numbers) == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written
+
+    Parts.write = write_and_die  # type: ignore[method-assign]
+    sys.argv = ["monet-experts", "collect", *arguments]
+    experts_main()
 
 
 def fit_in_turn(trainings: list[Training]) -> None:
