@@ -1,0 +1,1 @@
+"""Reading and editing the experts of a trained model. Training never imports this package."""
