@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from monet_train.analysis.manifest import AtlasManifest
 from monet_train.analysis.write import DOCUMENTS, UNITS, UNITS_AT_ONCE, experts_file, halves_file
 from monet_train.errors import UserError
 from monet_train.kernels.visits import BEFORE
+
+if TYPE_CHECKING:  # it needs scipy, which reading a page does not
+    from monet_train.analysis.statistics import LabelSums
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,6 @@ class Expert:
         return {int(ids[n]): float(counts[n] / counts.sum()) for n in order}
 
 
-@dataclass(frozen=True)
-class LabelProfile:
-    """What experts do by the values of one label column. N experts, V values, two halves of the documents."""
-
-    values: tuple[str, ...]
-    mean: np.ndarray  # fp64 [2, V, N], score per token
-    error: np.ndarray  # fp32 [2, V, N], standard error of the mean, over documents
-    firings: np.ndarray  # int64 [V, N]
-    tokens: np.ndarray  # int64 [2, V]
-    documents: np.ndarray  # int64 [2, V]
-
-
 class Atlas:
     """An atlas on disk.
 
@@ -82,7 +73,7 @@ class Atlas:
 
         atlas = Atlas("atlas")
         page = atlas.expert(group=0, i=17, j=402)
-        german = atlas.profile(0, "lang").mean[:, 2].mean(0)    # of every expert i * E + j
+        means = atlas.sums(0, "lang").half(0).mean               # [values, experts i * E + j], by half of the documents
 
     Raises:
         UserError: the folder is not an atlas, or the collection is unfinished.
@@ -137,29 +128,43 @@ class Atlas:
             return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
         return values.to_numpy(zero_copy_only=False)
 
-    def profile(self, group: int, column: str, halves: bool = False) -> LabelProfile:
-        """What every expert (``halves``: half-expert) of a routing group does by the values of a label column.
+    def values(self, column: str) -> tuple[str, ...]:
+        """The values of a label column, in the order of all arrays.
 
         Raises:
-            UserError: the group was not collected, or there is no such label.
+            UserError: there is no such label.
         """
         records = self.manifest.labels
         if column not in records:
             raise UserError(f"{self.folder}: there is no label {column!r}{_nearest(column, records)}")
-        values = tuple(records[column])
-        by_half = (2, len(values))
-        mean, error = (
-            np.moveaxis(self.column(group, f"{column}.{name}", halves).reshape(-1, *by_half), 0, -1)
-            for name in ("mean", "error")
+        return tuple(records[column])
+
+    def sums(self, group: int, column: str, halves: bool = False) -> LabelSums:
+        """What every expert (``halves``: half-expert) of a routing group does by the values of a label column.
+
+        Raises:
+            UserError: the group was not collected, there is no such label, or it has one value alone.
+        """
+        values = self.values(column)
+        if len(values) < 2:
+            raise UserError(
+                f"{column} has one value alone ({values[0]}): nothing to compare it with; choose another label"
+            )
+        try:
+            from monet_train.analysis.statistics import LabelSums
+        except ImportError:
+            raise UserError("scipy is not installed: pip install 'monet-train[experts]'") from None
+        total, square, product = (
+            np.moveaxis(self.column(group, f"{column}.{name}", halves).reshape(-1, 2, len(values)), 0, -1)
+            for name in ("total", "document_square", "document_product")
         )
-        return LabelProfile(
-            values=values,
-            mean=mean,
-            error=error,
-            firings=self.column(group, f"{column}.firings", halves).T,
-            tokens=np.array([record.tokens for record in records[column].values()]).T,
-            documents=np.array([record.documents for record in records[column].values()]).T,
+        records = self.manifest.labels[column].values()
+        documents, tokens, token_square = (
+            np.array([getattr(record, name) for record in records]).T
+            for name in ("documents", "tokens", "token_squares")
         )
+        firings = self.column(group, f"{column}.firings", halves).T
+        return LabelSums(total, square, product, firings, documents, tokens, token_square)
 
     def _known(self, group: int) -> int:
         if group not in self.groups:
@@ -168,10 +173,9 @@ class Atlas:
 
     def _profile_of(self, row: dict[str, Any], column: str) -> dict[str, float]:
         records = self.manifest.labels[column]
-        tokens = np.array([record.tokens for record in records.values()], float).T
-        means = np.array(row[f"{column}.mean"]).reshape(2, -1)
-        together = (means * tokens).sum(0) / np.maximum(tokens.sum(0), 1)
-        return dict(zip(records, together.tolist(), strict=True))
+        totals = np.array(row[f"{column}.total"]).reshape(2, -1).sum(0)
+        tokens = [max(1, sum(record.tokens)) for record in records.values()]
+        return {value: float(total / n) for value, total, n in zip(records, totals, tokens, strict=True)}
 
     def _contexts(self, row: dict[str, Any]) -> list[Context]:
         contexts, active = [], 0

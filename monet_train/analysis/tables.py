@@ -23,39 +23,19 @@ def label_columns(sums: dict[str, np.ndarray], counts: DocumentCounts, schema: L
         "mean": usage,
         "second_moment": sums["square"] / counts.tokens,
     }
-    mean, error = cell_means(sums, counts)
     tokens = np.maximum(counts.cell_tokens.sum(0), 1)[:, None]
     for column in schema.columns:
         cells = schema.cells_of(column.name)
         columns |= {
-            f"{column.name}.mean": _by_expert(mean[:, cells]),
-            f"{column.name}.error": _by_expert(error[:, cells]).astype(np.float32),
+            f"{column.name}.total": _by_expert(sums["cell_total"][:, cells]),
+            f"{column.name}.document_square": _by_expert(sums["cell_document_square"][:, cells]),
+            f"{column.name}.document_product": _by_expert(sums["cell_document_product"][:, cells]),
             f"{column.name}.second_moment": (sums["cell_square"] / tokens)[cells].T.astype(np.float32),
             f"{column.name}.firings": sums["cell_firings"][cells].T.astype(np.int64),
         }
     for number, numeric in enumerate(schema.numeric):
         columns[f"{numeric.name}.r"] = correlation(sums, counts, number)
     return {name: fixed_list(np.ascontiguousarray(values)) for name, values in columns.items()}
-
-
-def cell_means(sums: dict[str, np.ndarray], counts: DocumentCounts) -> tuple[np.ndarray, np.ndarray]:
-    """Mean score per token of every cell and its standard error, fp64 [2, C, N] by half of the documents.
-
-    The error is that of a ratio of sums over documents, whose tokens are not independent: for documents d with n_d
-    tokens and sums S_d, m = Σ S_d / Σ n_d and var m = Σ (S_d - m n_d)² / (Σ n_d)² * D / (D - 1). NaN for fewer than
-    two documents.
-    """
-    tokens = np.maximum(counts.cell_tokens, 1)[..., None].astype(float)
-    documents = counts.cell_documents[..., None].astype(float)
-    mean = sums["cell_total"] / tokens
-    residuals = (
-        sums["cell_document_square"]
-        - 2 * mean * sums["cell_document_product"]
-        + mean**2 * counts.cell_token_squares[..., None]
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        correction = np.where(documents > 1, documents / (documents - 1), np.nan)
-    return mean, np.sqrt(np.maximum(residuals, 0) * correction) / tokens
 
 
 def correlation(sums: dict[str, np.ndarray], counts: DocumentCounts, number: int) -> np.ndarray:

@@ -79,20 +79,21 @@ def test_sums_are_those_of_brute_force(
             compare(atlas.column(group, "second_moment", halves), (score**2).mean(0), rtol=1e-6, atol=1e-9)
             np.testing.assert_array_equal(atlas.column(group, "firings", halves), (score > 0).sum(0))
             for column, labels in (("lang", ("en", "ru", "zh")), ("source", ("a", "b"))):
-                profile = atlas.profile(group, column, halves)
-                assert profile.values == labels
+                sums = atlas.sums(group, column, halves)
+                assert atlas.values(column) == labels
                 cells = plan.documents.cell[[c.name for c in plan.schema.columns].index(column)]
                 first = plan.schema.cells_of(column).start
                 for value in range(len(labels)):
                     rows = cells[documents] == first + value
-                    np.testing.assert_array_equal(profile.firings[value], (score[rows] > 0).sum(0))
+                    np.testing.assert_array_equal(sums.firings[value], (score[rows] > 0).sum(0))
                     for half in (0, 1):
                         kept = rows & (plan.half[documents] == half)
                         mean, error = ratio_estimator(score[kept], documents[kept])
-                        compare(profile.mean[half, value], mean, rtol=1e-6, atol=1e-9)
-                        compare(profile.error[half, value], error, rtol=1e-4, atol=1e-7)
-                        assert profile.tokens[half, value] == kept.sum()
-                        assert profile.documents[half, value] == len(np.unique(documents[kept]))
+                        found = sums.half(half)
+                        compare(found.mean[value], mean, rtol=1e-6, atol=1e-9)
+                        compare(found.standard_error[value], error, rtol=1e-4, atol=1e-7)
+                        assert found.tokens[value] == kept.sum()
+                        assert found.documents[value] == len(np.unique(documents[kept]))
 
 
 def ratio_estimator(score: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
