@@ -12,6 +12,9 @@ import torch
 from data_prep.pipeline import ShardOptions
 from data_prep.recipe import recipe_from
 from data_prep.shards import prepare as prepare_shards
+from monet_train.analysis.atlas import Atlas
+from monet_train.analysis.collect import collect
+from monet_train.analysis.plan import Plan, Request, make_plan
 from monet_train.checkpoints.weights import write_model
 from monet_train.model.config import MonetConfig
 from monet_train.model.initialize import initialize
@@ -21,6 +24,7 @@ from tests.support.corpora import text_of
 
 DOCUMENTS = 60
 EXPERTS = 16
+REQUEST = Request(tokens_per_label=None, window=32)
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +68,20 @@ def model_folder(model: MonetForCausalLM, tokenizer: Tokenizer, tmp_path_factory
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, model.state_dict(), model.config, StoredTokenizer(tokenizer.path, tokenizer.record))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def small_models(one_thread: None) -> None:
+    """The models here are small."""
+
+
+@pytest.fixture(scope="session")
+def plan(labelled: Callable[..., Path]) -> Plan:
+    return make_plan([labelled("corpus")], REQUEST, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def atlas(model: MonetForCausalLM, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    out = tmp_path_factory.mktemp("atlas") / "atlas"
+    collect(model, plan, REQUEST, "unknown", out, [0, 1])
+    return Atlas(out)

@@ -19,29 +19,11 @@ from monet_train.analysis.plan import Plan, Request, make_plan
 from monet_train.checkpoints.weights import write_model
 from monet_train.errors import UserError
 from monet_train.model.transformer import MonetForCausalLM
+from tests.analysis.conftest import REQUEST
 from tests.support.commands import exit_status
 from tests.support.files import contents
 from tests.support.processes import run_ranks
 from tests.support.worker import collect as collect_process
-
-REQUEST = Request(tokens_per_label=None, window=32)
-
-
-@pytest.fixture(autouse=True)
-def small_models(one_thread: None) -> None:
-    """The models here are small."""
-
-
-@pytest.fixture(scope="session")
-def plan(labelled: Callable[..., Path]) -> Plan:
-    return make_plan([labelled("corpus")], REQUEST, vocab_size=400)
-
-
-@pytest.fixture(scope="session")
-def atlas(model: MonetForCausalLM, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Atlas:
-    out = tmp_path_factory.mktemp("atlas") / "atlas"
-    collect(model, plan, REQUEST, "unknown", out, [0, 1])
-    return Atlas(out)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""The commands of ``monet-experts``: a module for each, with its options and what it prints."""
