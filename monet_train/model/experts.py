@@ -97,9 +97,12 @@ class Experts(nn.Module, ABC):
         r1, r2 = kernels.expert_weights(g1, g2, mask)
         return Routing(g1.map(self.enter), g2.map(self.enter), mask, r1, r2)
 
-    @abstractmethod
-    def reader(self) -> ExpertReader:
-        """What tells the norm of single experts' outputs, on the CPU: a copy, for a layer with all its inner units."""
+    def reader(self) -> ExpertReader | None:
+        """What tells the norm of single experts' outputs, on the CPU: a copy, for a layer with all its inner units.
+
+        None where the norm is not a sum of a part of half-expert i and one of half-expert j.
+        """
+        return None
 
     def store_for_decoding(self) -> None:
         """Lay the output weights out by half-expert: same shapes and values, much faster for one token at a time."""
