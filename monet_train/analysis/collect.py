@@ -206,7 +206,7 @@ def _identity(record: ModelRecord, plan: Plan, request: Request, groups: Sequenc
     return json.dumps(
         {
             "weights": record.weights_sha256, "shards": plan.fingerprints, "documents": documents,
-            "labels": [asdict(column) for column in (*plan.schema.columns, *plan.schema.numeric)],
+            "labels": asdict(plan.schema),
             "window": plan.window, "request": _asked(request), "groups": list(groups),
         }
     )  # fmt: skip

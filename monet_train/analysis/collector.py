@@ -16,7 +16,7 @@ from monet_train.analysis.plan import Plan
 from monet_train.analysis.sums import Scales, Sums
 from monet_train.kernels.gates import ActivePairs, Gates
 from monet_train.kernels.visits import UNIT_PLACES, ExpertReader, Tally, visit
-from monet_train.model.transformer import MonetForCausalLM
+from monet_train.model.transformer import MonetForCausalLM, MonetLayer
 
 COACTIVE_TOKENS = 4096  # about so many tokens are kept with all their experts
 COACTIVE_EXPERTS = 64  # of a token, the strongest
@@ -45,7 +45,7 @@ class GroupCollector:
         cells, numeric = plan.schema.cells, len(plan.schema.numeric)
         scales = Scales.of_plan(plan, heads)
         self.tally = Tally.empty(self.experts, contexts=contexts)
-        self.readers: list[ExpertReader] = [layer.moe.reader() for layer in self.layers] if contexts else []
+        self.readers = _readers(self.layers) if contexts else []
         self.pairs = Sums(self.experts**2, cells, numeric, scales)
         self.halves = Sums(2 * self.experts, cells, numeric, scales)
         self.coactive = Coactive()
@@ -130,7 +130,8 @@ class Collector:
         gates = self.model(ids, output_gates=True, keep_logits=False).gates
         sampled = torch.from_numpy(np.flatnonzero(hashes < self._threshold))
         for number, group in self.groups.items():
-            group.visit(*gates[number], hashes, unit, self._inputs[number], sampled)
+            g1, g2 = gates[number]
+            group.visit(g1, g2, hashes, unit, self._inputs[number], sampled)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -145,3 +146,9 @@ class Collector:
                 for layer in group.layers if group.readers else ():
                     hooks.callback(layer.moe.register_forward_pre_hook(partial(keep, inputs)).remove)
             yield
+
+
+def _readers(layers: list[MonetLayer]) -> list[ExpertReader]:
+    """Of every layer of a routing group; none where the decomposition has no reader."""
+    readers = [layer.moe.reader() for layer in layers]
+    return [reader for reader in readers if reader is not None]

@@ -31,8 +31,8 @@ class Contexts:
 
     def take(self, order: np.ndarray) -> Contexts:
         """The slots of each expert in another order, [N, k]."""
-        picked = (np.take_along_axis(getattr(self, name), order, 1) for name in FIELDS[:-1])
-        return Contexts(*picked, np.take_along_axis(self.scores, order[..., None], 1))
+        score, hash_, place, contribution = (np.take_along_axis(getattr(self, name), order, 1) for name in FIELDS[:-1])
+        return Contexts(score, hash_, place, contribution, np.take_along_axis(self.scores, order[..., None], 1))
 
     def slots(self, which: slice) -> Contexts:
         """Some of the slots."""

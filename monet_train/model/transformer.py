@@ -224,12 +224,13 @@ class MonetForCausalLM(nn.Module):
 
         logits = loss = loss_sum = counted = None
         if keep_logits or targets is not None:  # who wants only gates or states is spared the head
-            logits = self.lm_head(hidden)
-        if targets is not None:
-            loss_sum, counted = self._sum_losses(logits, targets)
-            loss = loss_sum / counted.clamp_min(1)
+            partial = self.lm_head(hidden)  # of this rank's part of the vocabulary
+            if targets is not None:
+                loss_sum, counted = self._sum_losses(partial, targets)
+                loss = loss_sum / counted.clamp_min(1)
+            logits = self.collectives.gather_logits(partial) if keep_logits else None
         return MonetOutput(
-            logits=self.collectives.gather_logits(logits) if keep_logits else None,
+            logits=logits,
             loss=loss,
             loss_sum=loss_sum,
             targets=counted,
