@@ -66,15 +66,15 @@ def sizes_of(name: str) -> Sizes:
 class Layer:
     """Weights of one expert layer, and its output from tokens and gates."""
 
-    def __init__(self, form: str, sizes: Sizes, dtype: torch.dtype, by_columns: bool = False) -> None:
+    def __init__(self, decomposition: str, sizes: Sizes, dtype: torch.dtype, by_columns: bool = False) -> None:
         inner = sizes.experts * sizes.m
         d = sizes.d
-        if form == "vertical":
+        if decomposition == "vertical":
             inputs = [(inner // 2, d), (inner // 2,), (inner // 2, d), (inner // 2,)]
             outputs, widths = [(d // 2, inner // 2)] * 4, [d // 2] * 2
         else:
             inputs, outputs, widths = [(inner, d), (inner,)], [(d, inner)], [d]
-        self.form = form
+        self.decomposition = decomposition
         self.inputs = [parameter(*shape, dtype=dtype) for shape in inputs]
         self.outputs = [parameter(*shape, dtype=dtype, by_columns=by_columns) for shape in outputs]
         self.biases = [parameter(sizes.experts, width, dtype=dtype) for width in widths]
@@ -84,12 +84,12 @@ class Layer:
         return [*self.inputs, *self.outputs, *self.biases]
 
     def experts(self, x: Tensor, g1: Gates, g2: Gates, mask: Tensor | None = None) -> Tensor:
-        operation = kernels.vertical_experts if self.form == "vertical" else kernels.horizontal_experts
+        operation = kernels.vertical_experts if self.decomposition == "vertical" else kernels.horizontal_experts
         return operation(x, g1, g2, mask, *self.inputs, *self.outputs)
 
     def with_bias(self, x: Tensor, g1: Gates, g2: Gates, r1: Gates, r2: Gates, mask: Tensor | None = None) -> Tensor:
         """``r1``, ``r2``: what the mask leaves of the gates, else the gates."""
-        sides = (r1, r2) if self.form == "vertical" else (r2,)
+        sides = (r1, r2) if self.decomposition == "vertical" else (r2,)
         bias = [kernels.expert_bias(r, b) for r, b in zip(sides, self.biases, strict=True)]
         return self.experts(x, g1, g2, mask) + torch.cat(bias, -1)
 
@@ -153,11 +153,11 @@ def inference(forward: Callable[[], Tensor]) -> Work:
     return step
 
 
-def measure_layer(form: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_layer(decomposition: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Forward, forward + backward, and memory, of one layer given its gates."""
     dtype = DTYPES[options.dtype]
     x = torch.randn(options.tokens, sizes.d, dtype=dtype, requires_grad=True)
-    layer = Layer(form, sizes, dtype)
+    layer = Layer(decomposition, sizes, dtype)
     routed1, routed2 = (route(x.detach(), router_weight(sizes, dtype), sizes, "native") for _ in range(2))
     gate_leaves: list[Tensor] = []
 
@@ -186,7 +186,7 @@ def measure_layer(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
     found = []
     for mode, wrap in (("forward", inference), ("forward+backward", lambda f: training_step(f, leaves))):
         works = {name: wrap(f) for name, f in forwards.items()}
-        found.append(row(f"{form} layer", mode, options.tokens, medians_in_turn(works, options.rounds)))
+        found.append(row(f"{decomposition} layer", mode, options.tokens, medians_in_turn(works, options.rounds)))
         found[-1]["peak_bytes"] = {}
         for name, work in works.items():
             clear_gradients(leaves)  # those of another subject would be freed during the work, and lower its peak
@@ -197,12 +197,12 @@ def measure_layer(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
     return found
 
 
-def measure_group(form: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_group(decomposition: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Forward + backward of a routing group: the router and the layers that share it."""
     dtype = DTYPES[options.dtype]
     x = torch.randn(options.tokens, sizes.d, dtype=dtype, requires_grad=True)
     routers = [router_weight(sizes, dtype).requires_grad_() for _ in range(2)]
-    layers = [Layer(form, sizes, dtype) for _ in range(sizes.group)]
+    layers = [Layer(decomposition, sizes, dtype) for _ in range(sizes.group)]
 
     def forward(implementation: str, mask: Tensor | None = None) -> Tensor:
         g1, g2 = (route(x, weight, sizes, implementation) for weight in routers)
@@ -220,17 +220,17 @@ def measure_group(form: str, sizes: Sizes, options: argparse.Namespace) -> list[
         forwards["compiled"] = torch.compile(forwards["plain"])
     subjects = {name: training_step(of, leaves) for name, of in forwards.items()}
     seconds = medians_in_turn(subjects, options.rounds)
-    return [row(f"{form} group", "forward+backward", options.tokens, seconds)]
+    return [row(f"{decomposition} group", "forward+backward", options.tokens, seconds)]
 
 
-def measure_decode(form: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_decode(decomposition: str, sizes: Sizes, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One token through layers and groups. Weights by columns for the kernels, as published for the definition."""
     dtype = DTYPES[options.dtype]
     x = torch.randn(1, sizes.d, dtype=dtype)
     routers = [router_weight(sizes, dtype) for _ in range(2)]
     layers = {
-        "native": [Layer(form, sizes, dtype, by_columns=True) for _ in range(DECODE_LAYERS)],
-        "plain": [Layer(form, sizes, dtype) for _ in range(DECODE_LAYERS)],
+        "native": [Layer(decomposition, sizes, dtype, by_columns=True) for _ in range(DECODE_LAYERS)],
+        "plain": [Layer(decomposition, sizes, dtype) for _ in range(DECODE_LAYERS)],
     }
     mlps = [DenseMLP(sizes, dtype) for _ in range(DECODE_LAYERS)]
     gates = {name: tuple(route(x, weight, sizes, name) for weight in routers) for name in layers}
@@ -248,13 +248,13 @@ def measure_decode(form: str, sizes: Sizes, options: argparse.Namespace) -> list
         return sum((layer.with_bias(x, g1, g2, g1, g2) for layer in layers[name][: sizes.group]), start=x)
 
     workloads: dict[str, dict[str, Callable[[], Tensor]]] = {
-        f"{form} layer": {
+        f"{decomposition} layer": {
             "native": lambda: through_layers("native"),
             "plain": lambda: through_layers("plain"),
             "products": through_products,
             "mlp": lambda: sum((mlp(x) for mlp in mlps), start=x),
         },
-        f"{form} group": {"native": lambda: through_group("native"), "plain": lambda: through_group("plain")},
+        f"{decomposition} group": {"native": lambda: through_group("native"), "plain": lambda: through_group("plain")},
     }
     found = []
     for workload, subjects in workloads.items():
@@ -306,7 +306,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--forms", nargs="+", choices=("vertical", "horizontal"), default=["vertical", "horizontal"])
+    parser.add_argument(
+        "--decompositions", nargs="+", choices=("vertical", "horizontal"), default=["vertical", "horizontal"]
+    )
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
@@ -330,10 +332,10 @@ def main() -> None:
     for name in options.sizes:
         torch.manual_seed(0)
         conditions = environment(options.device)
-        work = [(form, measure) for form in options.forms for measure in measures]
+        work = [(decomposition, measure) for decomposition in options.decompositions for measure in measures]
         rows: list[dict[str, Any]] = []
-        for form, measure in tqdm(work, desc=name, unit="workload", leave=False):
-            rows += measure(form, sizes_of(name), options)
+        for decomposition, measure in tqdm(work, desc=name, unit="workload", leave=False):
+            rows += measure(decomposition, sizes_of(name), options)
         print(f"{name}\n{table(rows)}")
         report = {
             "size": name,

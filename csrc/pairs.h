@@ -1,4 +1,4 @@
-// The active (token, half-expert) pairs of one router side: the compact form of its gates.
+// The active (token, half-expert) pairs of one router side: its gates, compact.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The kernels of a GPU, by what they take: the structures of ../router.h and ../experts.h, and those of the dense
-// form that is the GPU's own. All pointers are the device's; work is put on a stream.
+// The kernels of a GPU, by what they take: the structures of ../router.h and ../experts.h, and structures over dense
+// tensors that only the GPU has. All pointers are the device's; work is put on a stream.
 #pragma once
 
 #include "../experts.h"
@@ -44,7 +44,7 @@ void run(const ExpertWeights<C>& p, Stream stream);
 template <class C>
 void run(const ExpertWeightsBackward<C>& p, Stream stream);
 
-// ---- the expert layers in dense form: what lies between the dense products of the input and the output weights
+// ---- the expert layers on dense tensors: what lies between the dense products of the input and the output weights
 
 // What dense products give and take: a row per token, which holds the units of all half-experts `operands` times,
 // [tokens, operands, experts, units].

@@ -1,4 +1,4 @@
-"""``manifest.json`` of an atlas: of which model and which data it is, how it was made, and what is in it."""
+"""``manifest.json`` of an atlas: its model and data, how it was made, and what is in it."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def removal_order(means: LabelMeans, value: int) -> tuple[Floats, Floats, Floats
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen experts, best first. Equal ones stand by their numbers.
+    """Chosen experts, best first. Equal ones are ordered by their numbers.
 
     ``own.cumsum()`` and ``others.cumsum()`` are the routing mass of the label, and of the other labels on average, that
     the first so many experts carry: what a search for the largest set within a budget goes along.

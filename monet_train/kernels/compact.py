@@ -1,6 +1,6 @@
 """Compact gates: only the (token, half-expert) pairs that are active in at least one head are held.
 
-At E = 512, k = 8, H = 6 these are 9% of all pairs. The native kernels make and read this form. Their operations know
+At E = 512, k = 8, H = 6 these are 9% of all pairs. The native kernels make and read these. Their operations know
 their own gradients (``csrc/bindings/autograd.cpp``).
 """
 
@@ -70,7 +70,7 @@ class CompactGates:
 
 
 def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """Logits [T, H, E]; the native form of :func:`plain.router_logits`.
+    """Logits [T, H, E]; the native counterpart of :func:`plain.router_logits`.
 
     Its backward pass on the CPU multiplies by the entries of the gradient that are not 0: under 2% where the logits
     went straight into :func:`route`.
@@ -79,6 +79,6 @@ def router_logits(x: Tensor, weight: Tensor, heads: int) -> Tensor:
 
 
 def route(z: Tensor, threshold: Tensor) -> CompactGates:
-    """Compact gates from logits [T, H, E] and thresholds [H]; the native form of :func:`plain.gates`."""
+    """Compact gates from logits [T, H, E] and thresholds [H]; the native counterpart of :func:`plain.gates`."""
     values, token, group_start, row_start, row_pair = torch.ops.monet.route(z, threshold.to(z.dtype))
     return CompactGates(values, Layout(token, group_start, row_start, row_pair, experts=z.shape[-1]))

@@ -1,7 +1,7 @@
 """The plain PyTorch definition of Monet's routing and expert layers: the specification.
 
 Every fast path in ``csrc/`` is held against these functions. The file imports nothing but torch, so that an
-exported Hugging Face folder carries it unchanged. What needs no weights stands in functions of its own
+exported Hugging Face folder carries it unchanged. What needs no weights is in functions of its own
 (:func:`gates`, :func:`vertical_inputs`, :func:`horizontal_input`, :func:`expert_bias`): they serve a model that calls
 its projections as modules as well as the functions below that take the weights.
 

@@ -19,13 +19,13 @@ WIDTH, EXPERTS, HEADS, ACTIVE, LENGTH = 8, 6, 2, 2, 40
 PLAIN = Kernels("plain")
 
 
-def layers(form: str) -> list[Experts]:
+def layers(decomposition: str) -> list[Experts]:
     """Two layers that share a router."""
     config = MonetConfig(
         vocab_size=16, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=2, moe_experts=EXPERTS,
-        moe_heads=HEADS, moe_dim=4, moe_topk=ACTIVE, moe_groups=2, moe_decompose=form,
+        moe_heads=HEADS, moe_dim=4, moe_topk=ACTIVE, moe_groups=2, moe_decompose=decomposition,
     )  # fmt: skip
-    made = [DECOMPOSITIONS[form](config, ALONE) for _ in range(2)]
+    made = [DECOMPOSITIONS[decomposition](config, ALONE) for _ in range(2)]
     for layer in made:
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, 0, 0.5)
@@ -68,7 +68,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
 
 
 @pytest.fixture(params=list(DECOMPOSITIONS))
-def form(request: pytest.FixtureRequest) -> str:
+def decomposition(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -92,8 +92,8 @@ def assert_same(found: Tally, expected: Tally) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dense", [False, True], ids=["compact", "dense"])
-def test_native_is_plain(form: str, dense: bool) -> None:
-    readers = [layer.reader() for layer in layers(form)]
+def test_native_is_plain(decomposition: str, dense: bool) -> None:
+    readers = [layer.reader() for layer in layers(decomposition)]
     found, expected = Tally.empty(EXPERTS), Tally.empty(EXPERTS)
     for number in range(6):
         unit = Unit(number, number)
@@ -155,9 +155,9 @@ def test_contexts_are_the_best_of_all_firings(kernels: Kernels) -> None:
                 assert torch.equal(kept[place], neighbours.half())
 
 
-def test_contribution_is_the_output_of_the_expert_alone(form: str, kernels: Kernels) -> None:
+def test_contribution_is_the_output_of_the_expert_alone(decomposition: str, kernels: Kernels) -> None:
     """The layers' own output with all experts but one masked is score times the expert's output."""
-    made, unit, tally = layers(form), Unit(5, 1), Tally.empty(EXPERTS)
+    made, unit, tally = layers(decomposition), Unit(5, 1), Tally.empty(EXPERTS)
     unit.visit(tally, kernels, [layer.reader() for layer in made])
     for expert, slot in (tally.place >= 0).nonzero().tolist():
         mask = torch.zeros(1, EXPERTS, EXPERTS)
@@ -173,8 +173,8 @@ def test_contribution_is_the_output_of_the_expert_alone(form: str, kernels: Kern
 
 
 @pytest.mark.usefixtures("native")
-def test_threads_change_no_bit(form: str, with_threads: Callable[[int], None]) -> None:
-    readers, tallies = [layer.reader() for layer in layers(form)], []
+def test_threads_change_no_bit(decomposition: str, with_threads: Callable[[int], None]) -> None:
+    readers, tallies = [layer.reader() for layer in layers(decomposition)], []
     for threads in (1, 2, 5):
         with_threads(threads)
         tallies.append(Tally.empty(EXPERTS))
@@ -184,8 +184,8 @@ def test_threads_change_no_bit(form: str, with_threads: Callable[[int], None]) -
         assert all(map(torch.equal, tallies[0].tensors(), other.tensors()))
 
 
-def test_order_of_units_changes_no_context(form: str, kernels: Kernels) -> None:
-    readers, kept = [layer.reader() for layer in layers(form)], []
+def test_order_of_units_changes_no_context(decomposition: str, kernels: Kernels) -> None:
+    readers, kept = [layer.reader() for layer in layers(decomposition)], []
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         tally = Tally.empty(EXPERTS)
         for number in order:

@@ -283,4 +283,6 @@ def test_the_library_does_not_import_data_preparation() -> None:
     assert files and not [file for file in files if any(name.startswith("data_prep") for name in imported(file))]
     above = ("kernels", "parallel", "model", "config", "planning", "checkpoints", "data", "interop", "training")
     for file in (REPOSITORY / "monet_train" / "tokenizers").glob("*.py"):
-        assert not [name for name in imported(file) if name.startswith(tuple(f"monet_train.{room}" for room in above))]
+        assert not [
+            name for name in imported(file) if name.startswith(tuple(f"monet_train.{package}" for package in above))
+        ]
