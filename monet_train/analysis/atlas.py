@@ -13,7 +13,7 @@ import numpy as np
 
 from monet_train.analysis.contexts import STRONGEST
 from monet_train.analysis.manifest import AtlasManifest
-from monet_train.analysis.write import DOCUMENTS, UNITS, UNITS_AT_ONCE, experts_file, halves_file
+from monet_train.analysis.write import DOCUMENTS, UNITS, UNITS_AT_ONCE, document_label, experts_file, halves_file
 from monet_train.errors import UserError
 from monet_train.kernels.visits import BEFORE
 
@@ -199,7 +199,9 @@ class Atlas:
                     score=row["context.score"][number],
                     contribution=row["context.contribution"][number],
                     quantile=row["context.quantile"][number],
-                    labels={name: document[name] for name in (*self.manifest.labels, *self.manifest.numeric)},
+                    labels={
+                        name: document[document_label(name)] for name in (*self.manifest.labels, *self.manifest.numeric)
+                    },
                     tokens=window["tokens"],
                     scores=scores,
                     place=place,

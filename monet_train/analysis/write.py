@@ -38,6 +38,11 @@ def coactive_file(group: int) -> str:
     return f"coactive-{group:03d}.parquet"
 
 
+def document_label(name: str) -> str:
+    """Column of a label in the table of documents, where other columns may have the label's name."""
+    return f"label.{name}"
+
+
 class AtlasWriter:
     """Writes the tables of an atlas.
 
@@ -148,10 +153,10 @@ class AtlasWriter:
             codes = np.where(
                 documents.cell[place] < 0, len(column.values), documents.cell[place] - schema.first_cell(place)
             )
-            columns[column.name] = pyarrow.array(values[codes], pyarrow.string()).dictionary_encode()
+            columns[document_label(column.name)] = pyarrow.array(values[codes], pyarrow.string()).dictionary_encode()
         for place, numeric in enumerate(schema.numeric):
             known = ~np.isnan(documents.value[place])
-            columns[numeric.name] = pyarrow.array(documents.value[place] * numeric.scale, mask=~known)
+            columns[document_label(numeric.name)] = pyarrow.array(documents.value[place] * numeric.scale, mask=~known)
         yield pyarrow.table(columns)
 
     def _unit_tables(self) -> Iterator[Any]:

@@ -95,6 +95,7 @@ def test_contexts_are_the_strongest_tokens(atlas: Atlas, plan: Plan, dense: list
         (int(s), int(n)): d
         for d, (s, n) in enumerate(zip(plan.documents.shard, plan.documents.number, strict=True))
     }  # fmt: skip
+    lang = [column.name for column in plan.schema.columns].index("lang")
     seen = 0
     for group, i, j in [(0, 1, 2), (0, 7, 7), (1, 3, 9), (1, 15, 0)]:
         score = dense[group]["score"][:, i, j]
@@ -112,6 +113,8 @@ def test_contexts_are_the_strongest_tokens(atlas: Atlas, plan: Plan, dense: list
             token = starts[document] + context.position
             assert context.score == pytest.approx(score[token], rel=1e-5)
             assert plan.read(document)[context.position] == context.tokens[context.place]
+            first = plan.schema.cells_of("lang").start
+            assert context.labels["lang"] == ("en", "ru", "zh")[plan.documents.cell[lang, document] - first]
             near = slice(max(0, context.place - 24), context.place + 8)
             begin = token - context.place
             expected = score[begin : begin + len(context.tokens)][near]
