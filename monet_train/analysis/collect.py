@@ -46,14 +46,15 @@ class Worker:
             dist.barrier()
 
 
+ALONE = Worker()
+
+
 def collect(
     model: MonetForCausalLM,
     plan: Plan,
-    request: Request,
-    tokenizer_sha256: str,
     out: Path,
     groups: Sequence[int],
-    worker: Worker = Worker(),
+    worker: Worker = ALONE,
     *,
     save_seconds: float = SAVE_SECONDS,
     show: bool = False,
@@ -75,48 +76,43 @@ def collect(
     """
     model.eval()
     record = ModelRecord(identify(model), hash_weights(model), model.config.vocab_size)
-    identity = _identity(record, plan, request, groups)
     if (out / MANIFEST).exists():
         raise UserError(f"{out} has an atlas already; give another --out, or delete it")
-    parts = Parts(out, identity)
+    parts = Parts(out, _identity(record, plan, groups))
     if worker.is_main:
         parts.open()
         parts.clean()
     worker.wait()
     todo = np.flatnonzero(~parts.done(len(plan.documents)))
     worker.wait()  # until all have looked: parts will be added
-    _collect_documents(model, plan, list(groups), parts, todo[worker.rank :: worker.size], worker, save_seconds, show)
+    mine = todo[worker.rank :: worker.size]
+    if len(mine):
+        _read(Collector(model, plan, list(groups)), mine, parts, worker, save_seconds, show)
     worker.wait()
     if not worker.is_main:
         return None
-    manifest = _write(out, record, plan, request, tokenizer_sha256, parts, groups, model, show)
+    writer = AtlasWriter(out, plan, parts.paths(), model.config.moe_experts, model.config.moe_heads)
+    manifest = _manifest(record, plan, groups, writer.write(groups, show))
+    write_atomically(out / MANIFEST, manifest.to_json().encode())
     parts.remove()
     return manifest
 
 
-def _collect_documents(
-    model: MonetForCausalLM,
-    plan: Plan,
-    groups: list[int],
-    parts: Parts,
-    todo: np.ndarray,
-    worker: Worker,
-    save_seconds: float,
-    show: bool,
+def _read(
+    collector: Collector, documents: np.ndarray, parts: Parts, worker: Worker, save_seconds: float, show: bool
 ) -> None:
-    if not len(todo):
-        return
-    collector = Collector(model, plan, groups)
+    """Read documents of the plan, and save now and then and at the end."""
+    tokens = collector.plan.documents.tokens
     name = f"worker-{worker.rank:05d}-{time.time_ns():x}-{os.getpid()}"
-    done = np.zeros(len(plan.documents), bool)
+    done = np.zeros(len(tokens), bool)
     last, number, saved = None, 0, time.monotonic()
-    total = int(plan.documents.tokens[todo].sum())
+    total = int(tokens[documents].sum())
     with tqdm(total=total, desc="reading", unit="token", unit_scale=True, disable=not show or None) as bar:
-        for place, document in enumerate(todo):
-            collector.add(int(document))
+        for document in documents.tolist():
+            collector.add(document)
             done[document] = True
-            bar.update(int(plan.documents.tokens[document]))
-            if place == len(todo) - 1 or time.monotonic() - saved > save_seconds:
+            bar.update(int(tokens[document]))
+            if document == documents[-1] or time.monotonic() - saved > save_seconds:
                 last = parts.write(name, number, _arrays(collector) | {DOCUMENTS: done}, replaces=last)
                 number, saved = number + 1, time.monotonic()
 
@@ -129,26 +125,13 @@ def _arrays(collector: Collector) -> dict[str, np.ndarray]:
     }
 
 
-def _write(
-    out: Path,
-    record: ModelRecord,
-    plan: Plan,
-    request: Request,
-    tokenizer_sha256: str,
-    parts: Parts,
-    groups: Sequence[int],
-    model: MonetForCausalLM,
-    show: bool,
-) -> AtlasManifest:
-    writer = AtlasWriter(out, plan, parts.paths(), model.config.moe_experts, model.config.moe_heads)
-    files = writer.write(groups, show)
+def _manifest(record: ModelRecord, plan: Plan, groups: Sequence[int], files: dict[str, str]) -> AtlasManifest:
     counts = DocumentCounts.of_plan(plan)
-    manifest = AtlasManifest(
+    return AtlasManifest(
         model=record,
-        tokenizer_sha256=tokenizer_sha256,
+        tokenizer_sha256=plan.tokenizer_sha256,
         shards=list(plan.fingerprints),
-        request=_asked(request),
-        window=plan.window,
+        request=_asked(plan.request),
         groups=list(groups),
         documents=len(plan.documents),
         tokens=plan.tokens,
@@ -156,8 +139,6 @@ def _write(
         numeric=_numeric_records(plan, counts),
         files=files,
     )
-    write_atomically(out / MANIFEST, manifest.to_json().encode())
-    return manifest
 
 
 def _cell_records(plan: Plan, counts: DocumentCounts) -> dict[str, dict[str, CellRecord]]:
@@ -200,13 +181,12 @@ def _asked(request: Request) -> dict[str, object]:
     return asked | {"labels": None if request.labels is None else list(request.labels)}
 
 
-def _identity(record: ModelRecord, plan: Plan, request: Request, groups: Sequence[int]) -> str:
+def _identity(record: ModelRecord, plan: Plan, groups: Sequence[int]) -> str:
     """Tells collections apart."""
     documents = sha256_json([int(number) for number in plan.documents.hash])
     return json.dumps(
         {
             "weights": record.weights_sha256, "shards": plan.fingerprints, "documents": documents,
-            "labels": asdict(plan.schema),
-            "window": plan.window, "request": _asked(request), "groups": list(groups),
+            "labels": asdict(plan.schema), "request": _asked(plan.request), "groups": list(groups),
         }
     )  # fmt: skip

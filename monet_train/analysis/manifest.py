@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from monet_train.analysis.parts import PARTS
 from monet_train.errors import UserError
 from monet_train.model.identity import ModelIdentity
 from monet_train.typed import from_json
@@ -51,7 +52,6 @@ class AtlasManifest:
     tokenizer_sha256: str
     shards: list[str]  # fingerprints of the shard folders
     request: dict[str, Any]  # what was asked for
-    window: int
     groups: list[int]  # routing groups that were collected
     documents: int
     tokens: int
@@ -73,13 +73,9 @@ class AtlasManifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            unfinished = (folder / "parts").is_dir()
-            state = "is unfinished: run the same command again" if unfinished else "is not an atlas: give a folder"
-            raise UserError(
-                f"{folder} {state} that monet-experts collect wrote"
-                if not unfinished
-                else f"{folder} {state} of monet-experts collect to finish it"
-            )
+            if (folder / PARTS).is_dir():
+                raise UserError(f"{folder} is unfinished: give the same monet-experts collect again to finish it")
+            raise UserError(f"{folder} is not an atlas: give a folder that monet-experts collect wrote")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(values, dict) or values.get("format") != FORMAT:

@@ -51,7 +51,13 @@ class Plan:
     fingerprints: tuple[str, ...]  # of the shard folders, sorted
     schema: LabelSchema
     documents: Documents
-    window: int
+    tokenizer_sha256: str  # of the tokenizer that made the shards
+    request: Request
+
+    @property
+    def window(self) -> int:
+        """Tokens of a unit at most."""
+        return self.request.window
 
     @property
     def tokens(self) -> int:
@@ -101,34 +107,36 @@ def make_plan(sources: Sequence[Path], request: Request, vocab_size: int, show: 
         UserError: one line: no shards, no labels, an unknown column, nothing to read.
     """
     sets = sorted((find_shards(path) for path in sources), key=lambda found: found.fingerprint)
-    _check_sets(sets, vocab_size)
+    tokenizer = _check_sets(sets, vocab_size)
     shards = tuple(shard.prefix for found in sets for shard in found.shards)
     schema = _schema(shards, request.labels)
     documents = _all_documents(shards, schema, show)
     if not len(documents):
         raise UserError(f"{sources[0]} has no documents; give a folder that monet-data shards wrote")
-    rows = _chosen(documents, schema, request)
-    return Plan(shards, tuple(found.fingerprint for found in sets), schema, documents.take(rows), request.window)
+    documents = documents.take(_chosen(documents, schema, request))
+    return Plan(shards, tuple(found.fingerprint for found in sets), schema, documents, tokenizer, request)
 
 
-def _check_sets(sets: Sequence[ShardSet], vocab_size: int) -> None:
+def _check_sets(sets: Sequence[ShardSet], vocab_size: int) -> str:
+    """Refuse shards that cannot be read together. SHA-256 of the tokenizer that made them."""
     for found, following in pairwise(sets):
         if found.fingerprint == following.fingerprint:
             raise UserError(f"{found.path} and {following.path} hold the same tokens; give each source once")
+    tokenizers = {}
     for found in sets:
         if found.manifest is None:
             raise UserError(f"{found.path} has no labels, as it was not made by monet-data shards; make it with that")
-        if found.manifest.tokenizer.vocabulary_size > vocab_size:
+        record = found.manifest.tokenizer
+        tokenizers[record.sha256] = found.path
+        if record.vocabulary_size > vocab_size:
             raise UserError(
-                f"{found.path}: its tokenizer has {found.manifest.tokenizer.vocabulary_size} pieces, the model's "
-                f"vocabulary only {vocab_size}; give shards made with the model's tokenizer"
+                f"{found.path}: its tokenizer has {record.vocabulary_size} pieces, the model's vocabulary only "
+                f"{vocab_size}; give shards made with the model's tokenizer"
             )
-        first = sets[0].manifest
-        if first is not None and found.manifest.tokenizer.sha256 != first.tokenizer.sha256:
-            raise UserError(
-                f"{sets[0].path} and {found.path} were made with different tokenizers; give shards made with the "
-                "model's"
-            )
+    if len(tokenizers) > 1:
+        one, other, *_ = tokenizers.values()
+        raise UserError(f"{one} and {other} were made with different tokenizers; give shards made with the model's")
+    return next(iter(tokenizers))
 
 
 def _schema(shards: Sequence[Path], asked: tuple[str, ...] | None) -> LabelSchema:

@@ -83,5 +83,5 @@ def plan(labelled: Callable[..., Path]) -> Plan:
 @pytest.fixture(scope="session")
 def atlas(model: MonetForCausalLM, plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     out = tmp_path_factory.mktemp("atlas") / "atlas"
-    collect(model, plan, REQUEST, "unknown", out, [0, 1])
+    collect(model, plan, out, [0, 1])
     return Atlas(out)

@@ -19,7 +19,6 @@ from monet_train.analysis.plan import Plan, Request, make_plan
 from monet_train.checkpoints.weights import write_model
 from monet_train.errors import UserError
 from monet_train.model.transformer import MonetForCausalLM
-from tests.analysis.conftest import REQUEST
 from tests.support.commands import exit_status
 from tests.support.files import contents
 from tests.support.processes import run_ranks
@@ -165,9 +164,9 @@ def test_a_collection_goes_on_with_what_was_saved(
     for number in (25, 40):
         stop_at(number)
         with pytest.raises(KeyboardInterrupt):
-            collect(model, plan, REQUEST, "unknown", out, [0, 1], save_seconds=0)
+            collect(model, plan, out, [0, 1], save_seconds=0)
     stop_at(1000)
-    collect(model, plan, REQUEST, "unknown", out, [0, 1])
+    collect(model, plan, out, [0, 1])
     assert sorted(read) == list(range(len(plan.documents))), "no document is read twice"
     assert contents(out) == contents(atlas.folder)
 
@@ -176,11 +175,11 @@ def test_another_collection_in_the_same_folder_is_refused(
     model: MonetForCausalLM, plan: Plan, atlas: Atlas, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="has an atlas already"):
-        collect(model, plan, REQUEST, "unknown", atlas.folder, [0, 1])
+        collect(model, plan, atlas.folder, [0, 1])
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "identity").write_text("{}")
     with pytest.raises(UserError, match="another model, other data or other options"):
-        collect(model, plan, REQUEST, "unknown", tmp_path, [0, 1])
+        collect(model, plan, tmp_path, [0, 1])
 
 
 REFUSED = {

@@ -47,6 +47,7 @@ def test_what_chance_gives_with_fourteen_values(seen: int, share: float) -> None
     assert (label != NONE).mean() == pytest.approx(share, abs=0.015)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per_value", "length_spread", "bursts"), [(25, 1.2, True), (200, 0.5, True), (25, 0.5, False)]
 )

@@ -64,6 +64,7 @@ def test_others_leave_out_values_without_tokens() -> None:
     np.testing.assert_allclose(others(emptied, 1), means.mean[[0, 2]].mean(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length_spread", "bursts"), WORLDS)
 def test_p_values_hold_under_shuffled_labels(length_spread: float, bursts: bool) -> None:
     """Few documents, the longest with half of a label's tokens, experts seen in few of them."""
@@ -152,6 +153,7 @@ def test_mutual_information_is_that_of_the_table() -> None:
     np.testing.assert_allclose(mutual_information(firings, tokens), [expected, 0, 0], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length_spread", "bursts"), WORLDS)
 def test_information_by_chance_is_that_of_shuffled_labels(length_spread: float, bursts: bool) -> None:
     documents = simulate(3, length_spread=length_spread, bursts=bursts)

@@ -68,9 +68,8 @@ def _collect(arguments: argparse.Namespace) -> None:
         if arguments.estimate:
             return
         worker = Worker(launch.rank, launch.world_size)
-        assert sources.tokenizer is not None
-        collect(model, plan, request, sources.tokenizer.record.sha256, arguments.out, groups, worker,
-                save_seconds=60 * arguments.save_minutes, show=show)  # fmt: skip
+        save_seconds = 60 * arguments.save_minutes
+        collect(model, plan, arguments.out, groups, worker, save_seconds=save_seconds, show=show)
         if show:
             print(f"written to {arguments.out}")
 
