@@ -19,8 +19,9 @@ COMMANDS = [
     pytest.param("monet_train.train --info", "", marks=pytest.mark.slow),
     ("data_prep --help", ""),
     ("data_prep --help", "1"),
-    ("monet_train.interop.export --help", ""),
-    ("monet_train.interop.generate --help", "1"),
+    pytest.param("monet_train.interop.export --help", "", marks=pytest.mark.slow),
+    pytest.param("monet_train.interop.generate --help", "1", marks=pytest.mark.slow),
+    pytest.param("monet_train.analysis --help", "", marks=pytest.mark.slow),
 ]
 
 

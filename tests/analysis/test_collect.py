@@ -147,6 +147,7 @@ def test_the_same_bytes_for_any_workers_and_after_a_kill(
     assert contents(run("killed")) == expected
 
 
+@pytest.mark.slow
 def test_a_collection_goes_on_with_what_was_saved(
     model: MonetForCausalLM, plan: Plan, atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_pruning_reaches_the_experts(export: Path) -> None:
     assert deviation(logits(model), pruned) > 0.1  # the mask is applied at each call, to the weights of that time
 
 
+@pytest.mark.slow
 def test_pruning_or_normalising_any_projection_alone_changes_the_logits(export: Path) -> None:
     unchanged = logits(load(export))
     names = [n for n, m in load(export).named_modules() if isinstance(m, nn.Linear)]

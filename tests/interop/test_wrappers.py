@@ -19,6 +19,8 @@ from monet_train.model.identity import identify
 from tests.interop.test_huggingface import deviation, load
 from tests.interop.test_peft import IDS, logits, optional, train
 
+pytestmark = pytest.mark.slow
+
 EXPERTS = ["u1", "u2", "v11", "v12", "v21", "v22", "u", "v"]
 BIASES = ["b1", "b2", "b"]
 

@@ -16,6 +16,8 @@ from monet_train.model.config import MonetConfig
 from monet_train.model.transformer import MonetForCausalLM
 from tests.model.conftest import tokens
 
+pytestmark = pytest.mark.slow
+
 BACKEND = "aot_eager"  # traces what inductor traces, forward and backward, and runs it without a C++ compiler
 ROUTES = 4  # calls of the router: two sides of two routing groups
 

@@ -30,6 +30,8 @@ from tests.support.commands import command, exit_status
 from tests.support.corpora import real_texts, text_of
 from tests.support.tokenizers import SELF_WILLED, byte_level, self_willed
 
+pytestmark = pytest.mark.slow
+
 NAMES = (
     "</s>", "<s>", "<unk>", "[SEP]", "[CLS]", "[MASK]", "<mask>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>",
     "<|code|>", "<|tool|>", "<|x|>", "<|absent|>", "<|ghost|>", "Über", "<0x0A>",

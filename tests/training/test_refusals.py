@@ -195,6 +195,7 @@ def test_folder_that_another_training_holds(trained: Path, shards: Path) -> None
     assert contents(trained) == before
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(trained: Path, shards: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
