@@ -25,6 +25,7 @@ import torch
 from data_prep.__main__ import main
 from data_prep.recipe import Recipe, Source
 from data_prep.train_tokenizer import TokenizerOptions, make_tokenizer
+from monet_train.kernels import extension
 from monet_train.tokenizers import Tokenizer, load_tokenizer
 from tests.support import slurm as support_slurm
 from tests.support.commands import command, exit_status
@@ -60,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = min((LONG.index(mark.name) for mark in item.iter_markers() if mark.name in LONG), default=len(LONG))
         order[item.path] = min(place, order.get(item.path, place))
     items.sort(key=lambda item: order[item.path])
+
+
+def pytest_sessionstart() -> None:
+    """A stale extension ends the run: the tests of the kernels would be skipped, as where there is no compiler."""
+    if extension.missing() == extension.STALE:
+        raise pytest.UsageError(f"the native kernels were {extension.STALE}")
 
 
 def pytest_unconfigure() -> None:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from monet_train.errors import UserError
 from monet_train.fingerprint import sha256_json
 from monet_train.model.identity import identify
 from monet_train.model.transformer import MonetForCausalLM
+from monet_train.parallel.agreement import agree
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Worker:
         """For the others."""
         if self.size > 1:
             dist.barrier()
+
+    def agree(self, check: Callable[[], T]) -> T:
+        """What ``check`` gives; if it refuses on one worker it does on all, and none waits for the others."""
+        return agree(check) if self.size > 1 else check()
 
 
 ALONE = Worker()
@@ -76,15 +84,9 @@ def collect(
     """
     model.eval()
     record = ModelRecord(identify(model), hash_weights(model), model.config.vocab_size)
-    if (out / MANIFEST).exists():
-        raise UserError(f"{out} has an atlas already; give another --out, or delete it")
     parts = Parts(out, _identity(record, plan, groups))
-    if worker.is_main:
-        parts.open()
-        parts.clean()
-    worker.wait()
-    todo = np.flatnonzero(~parts.done(len(plan.documents)))
-    worker.wait()  # until all have looked: parts will be added
+    worker.agree(lambda: _prepare(out, parts) if worker.is_main else None)
+    todo = worker.agree(lambda: np.flatnonzero(~parts.done(len(plan.documents))))  # before any part is added
     mine = todo[worker.rank :: worker.size]
     if len(mine):
         _read(Collector(model, plan, list(groups)), mine, parts, worker, save_seconds, show)
@@ -96,6 +98,18 @@ def collect(
     write_atomically(out / MANIFEST, manifest.to_json().encode())
     parts.remove()
     return manifest
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder that holds an atlas. Raises :class:`UserError`."""
+    if (out / MANIFEST).exists():
+        raise UserError(f"{out} has an atlas already; give another --out, or delete it")
+
+
+def _prepare(out: Path, parts: Parts) -> None:
+    check_out(out)
+    parts.open()
+    parts.clean()
 
 
 def _read(

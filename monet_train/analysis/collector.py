@@ -39,19 +39,18 @@ class Coactive:
 class GroupCollector:
     """What is collected of one routing group."""
 
-    def __init__(self, model: MonetForCausalLM, group: int, plan: Plan, contexts: bool) -> None:
+    def __init__(self, model: MonetForCausalLM, group: int, plan: Plan) -> None:
         self.experts, heads = model.config.moe_experts, model.config.moe_heads
         self.layers = model.model.groups()[group]
         cells, numeric = plan.schema.cells, len(plan.schema.numeric)
         scales = Scales.of_plan(plan, heads)
-        self.tally = Tally.empty(self.experts, contexts=contexts)
-        self.readers = _readers(self.layers) if contexts else []
+        self.tally = Tally.empty(self.experts)
+        self.readers = _readers(self.layers)
         self.pairs = Sums(self.experts**2, cells, numeric, scales)
         self.halves = Sums(2 * self.experts, cells, numeric, scales)
         self.coactive = Coactive()
-        self._half_sums = torch.zeros(
-            3, 2 * self.experts, dtype=torch.float64
-        )  # of the document: score, square, firing
+        # of the document, by half-expert: scores, their squares, firings
+        self._half_sums = torch.zeros(3, 2 * self.experts, dtype=torch.float64)
 
     def visit(self, g1: Gates, g2: Gates, hashes: np.ndarray, unit: int, inputs: list[Tensor], sampled: Tensor) -> None:
         """Add a unit of the current document. ``sampled``: tokens that are kept with all their experts."""
@@ -102,12 +101,11 @@ class Collector:
     Args:
         model: in evaluation mode, on its device.
         groups: routing groups that are collected.
-        contexts: also keep contexts; otherwise sums alone.
     """
 
-    def __init__(self, model: MonetForCausalLM, plan: Plan, groups: list[int], contexts: bool = True) -> None:
+    def __init__(self, model: MonetForCausalLM, plan: Plan, groups: list[int]) -> None:
         self.model, self.plan = model, plan
-        self.groups = {group: GroupCollector(model, group, plan, contexts) for group in groups}
+        self.groups = {group: GroupCollector(model, group, plan) for group in groups}
         self._threshold = np.uint64(min(1.0, COACTIVE_TOKENS / max(1, plan.tokens)) * (2**64 - 1))
         self._inputs: dict[int, list[Tensor]] = {}
 
@@ -135,7 +133,7 @@ class Collector:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """The tokens that go into the expert layers of the groups whose contexts are kept."""
+        """The tokens that go into the expert layers of the groups that have readers."""
 
         def keep(into: list[Tensor], module: Any, arguments: tuple[Tensor, ...]) -> None:
             into.append(arguments[0])

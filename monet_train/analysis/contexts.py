@@ -75,4 +75,4 @@ def _sampled_first(c: Contexts) -> np.ndarray:
 
 
 def _unsigned(hashes: np.ndarray) -> np.ndarray:
-    return hashes.view(np.uint64) if hashes.flags.c_contiguous else np.ascontiguousarray(hashes).view(np.uint64)
+    return np.ascontiguousarray(hashes).view(np.uint64)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from monet_train.analysis.labels import MOST_VALUES, Documents, LabelColumn, LabelSchema, NumericColumn
 from monet_train.data.documents import ShardDocuments
-from monet_train.data.labels import read_labels
+from monet_train.data.labels import label_columns, read_labels
 from monet_train.data.shards import ShardSet, find_shards
 from monet_train.errors import UserError
 from monet_train.fingerprint import hash_tokens, mix, seed_from
@@ -26,7 +26,6 @@ from monet_train.fingerprint import hash_tokens, mix, seed_from
 WINDOW = 256  # tokens of a unit at most
 DEFAULT_TOKENS_PER_LABEL = 262_144
 SAVE_SECONDS = 600.0  # between two saves of what a worker has read
-NOT_LABELS = ("id", "bytes")
 
 
 @dataclass(frozen=True)
@@ -141,23 +140,20 @@ def _check_sets(sets: Sequence[ShardSet], vocab_size: int) -> str:
 
 def _schema(shards: Sequence[Path], asked: tuple[str, ...] | None) -> LabelSchema:
     """The columns of the shards; those without a value, or with too many, are left out unless they are asked for."""
-    import pyarrow.types
-
     there: set[str] = set()
     values: dict[str, set[str]] = {}
     scales: dict[str, float] = {}
     for prefix in shards:
-        table = read_labels(prefix)
-        there.update(name for name in table.column_names if name not in NOT_LABELS)
-        for name in there.intersection(table.column_names):
-            if asked is not None and name not in asked:
-                continue
-            column = table[name]
-            if pyarrow.types.is_floating(column.type) or pyarrow.types.is_integer(column.type):
-                known = np.abs(np.nan_to_num(column.to_numpy().astype(float)))
+        strings, numbers = label_columns(prefix)
+        there.update(strings, numbers)
+        wanted = [name for name in (*strings, *numbers) if asked is None or name in asked]
+        table = read_labels(prefix, columns=wanted)
+        for name in wanted:
+            if name in numbers:
+                known = np.abs(np.nan_to_num(table[name].to_numpy()))
                 scales[name] = max(scales.get(name, 0.0), float(known.max(initial=0.0)))
             else:
-                values.setdefault(name, set()).update(v for v in column.unique().to_pylist() if v is not None)
+                values.setdefault(name, set()).update(v for v in table[name].unique().to_pylist() if v is not None)
     for name in asked or ():
         if name not in there:
             raise UserError(f"--labels {name}: the shards have no such column; they have {', '.join(sorted(there))}")
@@ -184,17 +180,20 @@ def _all_documents(shards: Sequence[Path], schema: LabelSchema, show: bool) -> D
 
 
 def _documents_of(number: int, prefix: Path, schema: LabelSchema) -> Documents:
-    shard, labels = ShardDocuments(prefix), read_labels(prefix)
-    if labels.num_rows != len(shard):
+    shard, (strings, numbers) = ShardDocuments(prefix), label_columns(prefix)
+    wanted = [column.name for column in schema.columns if column.name in strings]
+    wanted += [column.name for column in schema.numeric if column.name in numbers]
+    labels = read_labels(prefix, columns=wanted)
+    if wanted and labels.num_rows != len(shard):
         raise UserError(f"{prefix}.labels.parquet has {labels.num_rows} rows for {len(shard)} documents; make it again")
     cells = np.full((len(schema.columns), len(shard)), -1, np.int32)
     values = np.full((len(schema.numeric), len(shard)), np.nan)
     for place, column in enumerate(schema.columns):
-        if column.name in labels.column_names:
+        if column.name in wanted:
             cells[place] = _cells(labels[column.name], column.values, schema.first_cell(place))
     for place, numeric in enumerate(schema.numeric):
-        if numeric.name in labels.column_names:
-            values[place] = labels[numeric.name].to_numpy().astype(float) / numeric.scale
+        if numeric.name in wanted:
+            values[place] = labels[numeric.name].to_numpy() / numeric.scale
     hashes = np.fromiter((hash_tokens(shard.read(n)) for n in range(len(shard))), np.uint64, len(shard))
     return Documents(np.full(len(shard), number, np.int32), np.arange(len(shard)), hashes, shard.lengths, cells, values)
 
@@ -202,7 +201,6 @@ def _documents_of(number: int, prefix: Path, schema: LabelSchema) -> Documents:
 def _cells(column: Any, values: tuple[str, ...], first: int) -> np.ndarray:
     """The cell of each document, -1 where the value is unknown; int32."""
     codes = column.combine_chunks()
-    codes = codes if hasattr(codes, "dictionary") else codes.dictionary_encode()
     known = {value: cell for cell, value in enumerate(values, first)}
     lookup = np.array([*(known.get(value, -1) for value in codes.dictionary.to_pylist()), -1], np.int32)
     return lookup[codes.indices.fill_null(-1).to_numpy(zero_copy_only=False)]

@@ -8,7 +8,6 @@ used, the rounding (2^-38 of a token's score, say) is far below that of fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,12 +153,6 @@ class DocumentCounts:
             numeric_total=(y * n).sum(1),
             numeric_square=(y * y * n).sum(1),
         )
-
-
-def blocks(experts: int, size: int) -> Iterator[slice]:
-    """Ranges of at most ``size`` experts."""
-    for begin in range(0, experts, size):
-        yield slice(begin, min(begin + size, experts))
 
 
 def _zeros(*shape: int) -> Tensor:

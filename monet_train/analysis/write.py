@@ -13,7 +13,7 @@ from tqdm import tqdm
 from monet_train.analysis.contexts import EMPTY, FIELDS, Contexts, merge
 from monet_train.analysis.parts import read_part
 from monet_train.analysis.plan import Plan
-from monet_train.analysis.sums import DocumentCounts, Scales, Sums, blocks
+from monet_train.analysis.sums import DocumentCounts, Scales, Sums
 from monet_train.analysis.tables import context_columns, fixed_list, label_columns, ragged
 from monet_train.durable import sync
 from monet_train.fingerprint import sha256_file
@@ -98,7 +98,8 @@ class AtlasWriter:
     def _expert_tables(self, group: int, bar: Any) -> Iterator[Any]:
         import pyarrow
 
-        for experts in blocks(self.experts**2, self.experts):
+        for i in range(self.experts):
+            experts = slice(i * self.experts, (i + 1) * self.experts)
             columns = label_columns(self._sums(group, "pairs", experts), self._counts, self.plan.schema)
             histogram = sum(np.asarray(part[f"{group}.tally.histogram"][experts]) for part in self._parts)
             columns["histogram"] = fixed_list(np.ascontiguousarray(histogram))

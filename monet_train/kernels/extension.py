@@ -10,6 +10,7 @@ import torch
 from monet_train.kernels import fake
 from monet_train.kernels.sources import sources_digest
 
+STALE = "built before csrc/ changed: run make install to rebuild"
 CSRC = Path(__file__).parents[2] / "csrc"
 
 
@@ -40,7 +41,7 @@ def _load() -> str | None:
     if not all(hasattr(torch.ops.monet, name) for name in ("built_from", *fake.OPERATIONS)):
         return "built from older sources: install again to rebuild"
     if not _is_current():
-        return "built before csrc/ changed: run make install to rebuild"
+        return STALE
     fake.register()
     return None
 

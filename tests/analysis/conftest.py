@@ -36,12 +36,15 @@ def labelled(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> 
         out = root / name
         if not out.exists():
             lines = [
-                json.dumps({"text": text_of(i), "lang": ("en", "ru", "zh")[i % 3], "source": "ab"[i % 2]})
+                json.dumps(
+                    {"text": text_of(i), "lang": ("en", "ru", "zh")[i % 3], "source": "ab"[i % 2]}
+                    | ({"toxicity": i % 7 - 2.5} if i % 5 else {})  # not known of every fifth
+                )
                 for i in order
             ]
             source = root / f"{name}.jsonl"
             source.write_text("\n".join(lines) + "\n")
-            recipe = recipe_from([str(source)], {}, {})
+            recipe = recipe_from([str(source)], {"keep": {"toxicity": "number"}}, {})
             prepare_shards(recipe, tokenizer, out, ShardOptions(tokens_per_shard=tokens_per_shard))
         return out
 

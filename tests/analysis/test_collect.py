@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -75,6 +77,72 @@ def test_sums_are_those_of_brute_force(
                         compare(found.standard_error[value], error, rtol=1e-4, atol=1e-7)
                         assert found.tokens[value] == kept.sum()
                         assert found.documents[value] == len(np.unique(documents[kept]))
+
+
+def test_correlations_are_those_over_tokens_where_the_number_is_known(
+    atlas: Atlas, plan: Plan, dense: list[dict[str, np.ndarray]], documents: np.ndarray
+) -> None:
+    number = plan.documents.value[0][documents]
+    known = ~np.isnan(number)
+    assert 0 < known.sum() < len(known)
+    for group in (0, 1):
+        score = dense[group]["score"].reshape(len(documents), -1)[known]
+        used = score.std(0) > 0
+        expected = np.corrcoef(score[:, used].T, number[known])[-1, :-1]
+        np.testing.assert_allclose(atlas.column(group, "toxicity.r")[used], expected, rtol=1e-5, atol=1e-7)
+    values = plan.documents.value[0] * plan.schema.numeric[0].scale
+    assert set(values[~np.isnan(values)]) == {number - 2.5 for number in range(7)}
+
+
+def test_contributions_are_the_norms_of_what_experts_put_out(atlas: Atlas, plan: Plan, model: MonetForCausalLM) -> None:
+    """Against each layer with every other expert masked, on what it reads in an unmasked pass."""
+    rows = {
+        (int(s), int(n)): d
+        for d, (s, n) in enumerate(zip(plan.documents.shard, plan.documents.number, strict=True))
+    }  # fmt: skip
+    for group, i, j in [(0, 1, 2), (1, 3, 9)]:
+        for context in atlas.expert(group, i, j).contexts[::9]:
+            tokens = plan.read(rows[context.shard, context.document])
+            begin = context.position - context.place
+            only = torch.zeros(1, 16, 16)
+            only[0, i, j] = 1
+            with torch.no_grad():
+                inputs, gates = pass_of(model, torch.from_numpy(tokens[begin : begin + 32])[None], group)
+                outputs = [
+                    layer.moe(x, layer.moe.routing(*gates, only))[context.place]
+                    for layer, x in zip(model.model.groups()[group], inputs, strict=True)
+                ]
+            assert context.contribution == pytest.approx(float(torch.cat(outputs).norm()), rel=1e-4)
+
+
+def pass_of(model: MonetForCausalLM, ids: torch.Tensor, group: int) -> tuple[list[torch.Tensor], tuple[Any, Any]]:
+    """What the expert layers of a routing group read, and the group's gates."""
+    inputs: list[torch.Tensor] = []
+    hooks = [
+        layer.moe.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
+        for layer in model.model.groups()[group]
+    ]
+    gates = model(ids, output_gates=True).gates[group]
+    for hook in hooks:
+        hook.remove()
+    return inputs, gates
+
+
+def test_sampled_tokens_have_their_strongest_experts(
+    atlas: Atlas, plan: Plan, dense: list[dict[str, np.ndarray]]
+) -> None:
+    """The first 4,096 tokens by hash or so: of this corpus all, or most."""
+    starts = np.concatenate([[0], np.cumsum(plan.documents.tokens)])
+    for group in (0, 1):
+        table = pyarrow.parquet.read_table(atlas.folder / f"coactive-{group:03d}.parquet").to_pylist()
+        assert len(table) > min(4096, plan.tokens) * 0.9
+        for row in table[::97]:
+            document = int(np.searchsorted(plan.first_unit, row["unit"], side="right")) - 1
+            token = starts[document] + 32 * (row["unit"] - plan.first_unit[document]) + row["position"]
+            score = dense[group]["score"][token].flatten()
+            strongest = np.sort(score[score > 0])[::-1][:64]
+            np.testing.assert_allclose(row["score"], strongest, rtol=1e-5)
+            np.testing.assert_allclose(score[row["expert"]], strongest, rtol=1e-5)
 
 
 def ratio_estimator(score: np.ndarray, document: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +253,11 @@ def test_another_collection_in_the_same_folder_is_refused(
 
 REFUSED = {
     "a source that is not there": (["nowhere"], "no shards at nowhere"),
-    "a label that is not there": (["--labels", "language"], "--labels language", "they have domain, lang, source"),
+    "a label that is not there": (
+        ["--labels", "language"],
+        "--labels language",
+        "they have domain, lang, source, toxicity",
+    ),
     "a group that is not there": (["--groups", "7"], "--groups 7 is not a routing group; use some of 0 to 1"),
     "a window beyond the context": (["--window", "1000"], "use 1 to 128"),
     "the same source twice": (["TWICE"], "give each source once"),

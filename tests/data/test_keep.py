@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data_prep.shard_writer
 from data_prep.bad_documents import BadDocument, checked_number, checked_string
 from data_prep.recipe import load_recipe, recipe_from
 from data_prep.verify import verify
@@ -25,6 +22,7 @@ from monet_train.data.labels import document_labels, label_columns, read_labels
 from monet_train.data.manifest import Manifest, NumberCounts
 from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
+from tests.data.conftest import killed_at_sync
 from tests.support import REPOSITORY
 from tests.support.corpora import documents_of, text_of
 from tests.support.files import contents
@@ -110,23 +108,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     scored: list[str], prepare: Callable[..., Path], tmp_path: Path
 ) -> None:
     def run(at: int, out: Path) -> int:
-        """Status of a forked process that kills itself at the n-th fsync of a shard's file."""
-        child = os.fork()
-        if child == 0:
-            inner, count = data_prep.shard_writer.sync, itertools.count(1)
-
-            def sync(path: Path) -> None:
-                if next(count) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                inner(path)
-
-            data_prep.shard_writer.sync = sync
-            try:
-                prepare(out, scored, chunk_bytes=5000, **KEEP)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return killed_at_sync(at, lambda: prepare(out, scored, chunk_bytes=5000, **KEEP))
 
     out, whole = tmp_path / "killed", tmp_path / "whole"
     assert run(0, whole) == 0

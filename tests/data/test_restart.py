@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gzip
-import itertools
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from monet_train.data.labels import document_labels
 from monet_train.data.manifest import Manifest
 from monet_train.errors import UserError
 from monet_train.tokenizers import Tokenizer
+from tests.data.conftest import killed_at_sync
 from tests.support import REPOSITORY
 from tests.support.corpora import text_of
 from tests.support.files import contents
@@ -44,26 +44,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     source.write_text("".join(f"{line}\n" + "{bad\n" * (i % 13 == 0) for i, line in enumerate(lines)))
 
     def run(at: int, out: Path) -> int:
-        """Status of a forked process that kills itself at the n-th fsync of a shard's file: no timing decides.
-
-        Small chunks, so that shards end within them and between them.
-        """
-        child = os.fork()
-        if child == 0:
-            inner, count = data_prep.shard_writer.sync, itertools.count(1)
-
-            def sync(path: Path) -> None:
-                if next(count) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                inner(path)
-
-            data_prep.shard_writer.sync = sync
-            try:
-                prepare(out, [str(source)], max_bad_share=0.5, chunk_bytes=5000)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        """Small chunks, so that shards end within them and between them."""
+        return killed_at_sync(at, lambda: prepare(out, [str(source)], max_bad_share=0.5, chunk_bytes=5000))
 
     out, whole = tmp_path / "killed", tmp_path / "whole"
     assert run(0, whole) == 0

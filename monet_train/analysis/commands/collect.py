@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
 
 
 def _collect(arguments: argparse.Namespace) -> None:
-    from monet_train.analysis.collect import Worker, collect
+    from monet_train.analysis.collect import Worker, check_out, collect
     from monet_train.analysis.estimate import check_memory, estimate, said
     from monet_train.analysis.same_tokenizer import check_same_tokenizer
     from monet_train.checkpoints.layout import resolve_checkpoint
@@ -59,10 +59,10 @@ def _collect(arguments: argparse.Namespace) -> None:
         config, show = model.config, launch.is_main
         request = agree(lambda: _request(arguments, config))
         groups = agree(lambda: _groups(arguments.groups, config))
+        agree(lambda: check_out(arguments.out))
+        agree(lambda: check_same_tokenizer(resolve_checkpoint(arguments.model), find_shards(arguments.source[0])))
         plan = agree(lambda: make_plan(arguments.source, request, config.vocab_size, show))
         agree(lambda: check_memory(config, plan, len(groups), launch.local_size))
-        sources = find_shards(arguments.source[0])
-        agree(lambda: check_same_tokenizer(resolve_checkpoint(arguments.model), sources))
         if show:
             print(said(plan, estimate(model, plan, groups, launch.world_size)), flush=True)
         if arguments.estimate:
